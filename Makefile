@@ -1,0 +1,45 @@
+# Two commands do everything: `make reproduce` runs the suite, `make test` proves it. Each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+# uv, where it is installed, does in half a minute what takes pip three
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile)
+
+.PHONY: help setup reproduce update test format lint lock lab
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The stamp holds the environment to the lock: it is made anew when the lock, the project file or the Python changes.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)) and f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --require-hashes --requirement requirements.lock
+	$(INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/.ready  ## create .venv from the lock
+
+reproduce: setup  ## run every notebook (quick profile), redraw figures/, write build/report/index.html
+	$(BIN)/dbb figures --jobs $(JOBS)
+
+update: setup  ## the same, and keep the outputs in notebooks/, ready to commit
+	$(BIN)/dbb figures --update --jobs $(JOBS)
+
+test: setup  ## run all tests, among them every notebook through papermill
+	$(BIN)/python -m pytest
+
+lab: setup  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+format: setup  ## format package, tests and notebooks
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup  ## check format and lint, change nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+lock:  ## resolve requirements.lock anew (needs uv)
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --output-file requirements.lock

@@ -1,0 +1,36 @@
+"""Diverse Branch Block: train a convolution as several branches, fold it exactly into one.
+
+`DiverseBranchBlock` takes the place of a convolution and its batch norm, `reparameterize` folds a trained model back,
+`assert_equivalent` proves it. Underneath, `fold` turns any tree of linear layers into one `Affine` convolution.
+"""
+
+from dbb.affine import Affine, concat, direct_sum
+from dbb.blocks import ACBlock, BranchBlock, ConvBlock, DiverseBranchBlock, RepVGGBlock
+from dbb.fold import fold, rule
+from dbb.layers import BiasPad, Concat, IdentityBasedConv1x1, Parallel
+from dbb.surgery import reparameterize
+from dbb.verify import assert_equivalent, cost, randomize_norms_, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACBlock",
+    "Affine",
+    "BiasPad",
+    "BranchBlock",
+    "Concat",
+    "ConvBlock",
+    "DiverseBranchBlock",
+    "IdentityBasedConv1x1",
+    "Parallel",
+    "RepVGGBlock",
+    "assert_equivalent",
+    "concat",
+    "cost",
+    "direct_sum",
+    "fold",
+    "randomize_norms_",
+    "reparameterize",
+    "report",
+    "rule",
+]

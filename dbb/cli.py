@@ -1,0 +1,176 @@
+"""The command `dbb`: thin, every line of work is in the package."""
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  dbb list                               the notebooks, and when each last ran
+  dbb run                                run all of them, quick profile: CPU, offline, minutes
+  dbb run 01 09                          two of them, by number
+  dbb run verify --set seed=3            by a part of the name, with another seed
+  dbb run --profile gpu --jobs 1         the same cells at the size that a GPU can do
+  dbb run 01 --update                    and keep the outputs in notebooks/
+  dbb figures                            run all, redraw figures/ and its manifest
+  dbb figures --update                   both, before a commit
+  dbb train digits --block dbb           train a recipe, in seconds on a CPU; again: go on, or say what came of it
+  dbb train cifar10_vgg16 --block dbb --device cuda --precision bfloat16 --set epochs=100
+  dbb eval build/runs/digits-dbb-0/model.safetensors
+
+Executed notebooks go to build/notebooks/, a report to read goes to build/report/index.html.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0 fine, 1 a notebook failed, 2 a wrong call, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except ValueError as error:
+        print(f"dbb: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dbb: interrupted; notebooks that had not ended are as they were", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    parser = argparse.ArgumentParser("dbb", description="Run the notebooks of the suite, train networks.", **layout)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = commands.add_parser("run", help="run notebooks through papermill, write a report", **layout)
+    _add_selection(run)
+    run.add_argument("--profile", default="quick", help="quick (default), gpu or paper")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a parameter; may be repeated")
+    run.set_defaults(action=_run)
+    figures = commands.add_parser("figures", help="run notebooks, redraw figures/ and its manifest", **layout)
+    _add_selection(figures)
+    figures.set_defaults(action=_figures)
+    train = commands.add_parser("train", help="train a recipe; the same call goes on after a stop", **layout)
+    _add_training(train)
+    train.set_defaults(action=_train)
+    score = commands.add_parser("eval", help="score a trained model in both forms", **layout)
+    score.add_argument("checkpoint", type=Path, help="a model.safetensors that `dbb train` has written")
+    score.add_argument("--data", help="other data than it was trained on: digits, cifar10, cifar100 or a folder")
+    score.add_argument("--root", default="data/cache", help="where downloads are kept (default data/cache)")
+    score.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    score.set_defaults(action=_eval)
+    commands.add_parser("list", help="list the notebooks and when each last ran").set_defaults(action=_list)
+    return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="number or part of the name; all where none is given")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at once (default 2)")
+    parser.add_argument("--update", action="store_true", help="keep the outputs in notebooks/ (quick profile only)")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="its name in dbb/recipes.py")
+    parser.add_argument("--block", help="plain, acb, dbb or repvgg")
+    parser.add_argument(
+        "--data", help="digits, cifar10, cifar100 or a folder with train/ and test/, as PATH or NAME=PATH"
+    )
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the recipe")
+    parser.add_argument("--out", type=Path, help="folder of the run (default build/runs/RECIPE-BLOCK-SEED)")
+    parser.add_argument("--results", type=Path, help="folder whose runs.jsonl gets the record, too (default none)")
+    parser.add_argument("--root", default="data/cache", help="where downloads are kept (default data/cache)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    parser.add_argument("--precision", default="float32", help="float32 (default) or bfloat16")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="send each batch through in N pieces")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dbb.recipes import recipe
+    from dbb.suite import parse_settings
+    from dbb.train import Hardware, TrainingError, TrainingStoppedError, launch
+
+    given = {name: getattr(options, name) for name in ("block", "data", "epochs", "seed")}
+    changes = parse_settings(options.set) | {name: value for name, value in given.items() if value is not None}
+    chosen = recipe(options.recipe, **changes)
+    folder = options.out or Path("build/runs", f"{chosen.name}-{chosen.block}-{chosen.seed}")
+    machine = Hardware(options.device, options.precision, options.channels_last, options.compile, options.accumulate)
+    try:
+        line = launch(chosen, folder, machine, options.root, options.results)
+    except TrainingStoppedError as stopped:
+        print(f"dbb: {stopped}; the same call goes on from there", file=sys.stderr)
+        return 143
+    except TrainingError as error:
+        print(f"dbb: {error}", file=sys.stderr)
+        return 1
+    if line:
+        _say(f"{folder}: test accuracy {line['test_accuracy']:.2%}, folded {line['folded_test_accuracy']:.2%}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from dbb.train import score
+
+    for form, accuracy in score(options.checkpoint, options.data, options.root, options.device).items():
+        _say(f"{form}: test accuracy {accuracy:.2%}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dbb import suite
+
+    if options.update and (options.profile != "quick" or options.set):
+        raise ValueError("--update keeps the outputs of the quick profile as it is: leave out --profile and --set")
+    project = suite.find_project(Path.cwd())
+    outcomes = suite.run(
+        project, options.names, options.profile, suite.parse_settings(options.set), jobs=options.jobs, say=_say
+    )
+    return _conclude(project, outcomes, options.update)
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from dbb import suite
+    from dbb.figures import publish
+
+    project = suite.find_project(Path.cwd())
+    built = project.build / "figures"
+    env = {"DBB_FIGURES": str(built)}
+    outcomes = suite.run(project, options.names, jobs=options.jobs, env=env, say=_say)
+    ran = {outcome.notebook: list(outcome.figures) for outcome in outcomes if not outcome.error}
+    changed = publish(ran, built, project.figures, everything=len(ran) == len(suite.discover(project)))
+    _say(f"figures changed: {', '.join(changed) or 'none'}")
+    return _conclude(project, outcomes, options.update)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from dbb import notebook, suite
+
+    project = suite.find_project(Path.cwd())
+    paths = suite.discover(project)
+    width = max(len(path.stem) for path in paths)
+    for path in paths:
+        last = suite.last_outcome(project.build, path.stem)
+        state = f"{last.finished}  {last.profile}  {last.seconds:.1f} s  {last.status}" if last else "never run here"
+        _say(f"{path.stem:<{width}}  {notebook.title(notebook.read(path))}\n{'':<{width}}  {state}")
+    return 0
+
+
+def _conclude(project, outcomes, update: bool) -> int:
+    """Write the report, print the table and what failed, keep the outputs if asked to; return the exit status."""
+    from dbb import pages, suite
+
+    _say(f"\n{suite.table(outcomes)}\nreport: {pages.write(project)}")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        print(f"\n{suite.complaint(outcome)}", file=sys.stderr)
+    if update:
+        _say(f"outputs updated: {', '.join(suite.update(project, outcomes)) or 'none changed'}")
+    return 1 if failed else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

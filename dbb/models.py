@@ -1,0 +1,190 @@
+"""The networks of the paper, each with plain convolutions or with blocks: `vgg16(10, block="dbb")`.
+
+Where the paper puts blocks holds everywhere: on convolutions with 1 < K < 7 (section 4.1). 1x1, 7x7 and 11x11 stay
+plain. A plain convolution is a `ConvBlock`, one branch with its batch norm, so that `reparameterize` folds that, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dbb.blocks import ACBlock, ConvBlock, DiverseBranchBlock, RepVGGBlock
+
+Block = str | Callable[..., nn.Module]
+
+BLOCKS: dict[str, type[ConvBlock]] = {
+    "plain": ConvBlock,
+    "acb": ACBlock,
+    "dbb": DiverseBranchBlock,
+    "repvgg": RepVGGBlock,
+}
+
+
+def takes_block(kernel_size: int) -> bool:
+    """Whether the paper replaces a convolution of this size (section 4.1)."""
+    return 1 < kernel_size < 7
+
+
+def block_type(block: Block) -> Callable[..., nn.Module]:
+    """The class that a name means; a class, or a function with `nn.Conv2d`'s arguments, stands for itself.
+
+    Raises ValueError for an unknown name.
+    """
+    if not isinstance(block, str):
+        return block
+    if block not in BLOCKS:
+        raise ValueError(f"block={block!r} is not known: choose from {', '.join(BLOCKS)}, or give a class")
+    return BLOCKS[block]
+
+
+def convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int | None = None,
+    groups: int = 1,
+    *,
+    block: Block = "plain",
+    relu: bool = True,
+) -> nn.Module:
+    """A convolution with its batch norm, as a block where the paper puts one; padded to keep the size unless told."""
+    kind = block_type(block) if takes_block(kernel_size) else ConvBlock
+    padding = kernel_size // 2 if padding is None else padding
+    nonlinear = nn.ReLU(inplace=True) if relu else None
+    return kind(in_channels, out_channels, kernel_size, stride, padding, groups=groups, nonlinear=nonlinear)
+
+
+def vgg16(num_classes: int = 10, block: Block = "plain", width: float = 1.0) -> nn.Sequential:
+    """VGG-16 for 32x32 images: 13 convolutions, then one hidden layer of 512 instead of two (section 4.1).
+
+    width: of every layer, as a share of the original's. Five poolings leave one pixel, so the paper's global average
+    pooling has nothing to do and is left out.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for stage, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(repeats):
+            out = _scaled(stage, width)
+            layers.append(convolution(channels, out, 3, block=block))
+            channels = out
+        layers.append(nn.MaxPool2d(2))
+    hidden = _scaled(512, width)
+    head = [nn.Flatten(), nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_classes)]
+    return nn.Sequential(*layers, *head)
+
+
+def alexnet(num_classes: int = 1000, block: Block = "plain") -> nn.Sequential:
+    """AlexNet with batch norms and without local response normalisation, as in ACNet (section 4.1).
+
+    The 11x11 stays plain, the 5x5 and the 3x3 take blocks. The hidden layers are torchvision's (the paper names none).
+    """
+    return nn.Sequential(
+        convolution(3, 64, 11, stride=4, padding=2, block=block),
+        nn.MaxPool2d(3, stride=2),
+        convolution(64, 192, 5, block=block),
+        nn.MaxPool2d(3, stride=2),
+        convolution(192, 384, 3, block=block),
+        convolution(384, 384, 3, block=block),
+        convolution(384, 256, 3, block=block),
+        nn.MaxPool2d(3, stride=2),
+        nn.AdaptiveAvgPool2d(6),
+        nn.Flatten(),
+        *(nn.Dropout(), nn.Linear(256 * 6 * 6, 4096), nn.ReLU(inplace=True)),
+        *(nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(inplace=True)),
+        nn.Linear(4096, num_classes),
+    )
+
+
+def mobilenet_v1(num_classes: int = 1000, block: Block = "plain", width: float = 1.0) -> nn.Sequential:
+    """MobileNet v1: pairs of a depthwise 3x3, which takes a block, and a 1x1, which stays plain."""
+    channels = _scaled(32, width)
+    layers = [convolution(3, channels, 3, stride=2, block=block)]
+    steps = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+    for out, stride in steps:
+        layers.append(convolution(channels, channels, 3, stride, groups=channels, block=block))
+        layers.append(convolution(channels, _scaled(out, width), 1))
+        channels = _scaled(out, width)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def resnet18(num_classes: int = 1000, block: Block = "plain") -> nn.Module:
+    """torchvision's ResNet-18 with a block for each 3x3 convolution and its batch norm."""
+    from torchvision.models import resnet18 as build
+
+    return _with_blocks(build(weights=None, num_classes=num_classes), block, ("conv1", "conv2"))
+
+
+def resnet50(num_classes: int = 1000, block: Block = "plain") -> nn.Module:
+    """torchvision's ResNet-50 with a block for each 3x3 convolution and its batch norm."""
+    from torchvision.models import resnet50 as build
+
+    return _with_blocks(build(weights=None, num_classes=num_classes), block, ("conv2",))
+
+
+def small_resnet(num_classes: int = 10, block: Block = "plain", width: int = 16, depth: int = 1) -> nn.Sequential:
+    """A ResNet for 32x32 images: three stages of `depth` residual blocks; the second and third begin with stride 2."""
+    layers: list[nn.Module] = [convolution(3, width, 3, block=block)]
+    channels = width
+    for stage in range(3):
+        for n in range(depth):
+            out = width * 2**stage
+            layers.append(Residual(channels, out, stride=2 if stage and not n else 1, block=block))
+            channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def digits_net(num_classes: int = 10, block: Block = "plain", width: int = 16) -> nn.Sequential:
+    """Two blocks and a linear layer, for scikit-learn's 8x8 digits: what a notebook trains in seconds."""
+    return nn.Sequential(
+        convolution(1, width, 3, block=block),
+        convolution(width, 2 * width, 3, stride=2, block=block),
+        nn.Flatten(),
+        nn.Linear(2 * width * 4 * 4, num_classes),
+    )
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, block: Block = "plain") -> None:
+        super().__init__()
+        self.first = convolution(in_channels, out_channels, 3, stride, block=block)
+        self.second = convolution(out_channels, out_channels, 3, block=block, relu=False)
+        keeps_shape = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if keeps_shape else convolution(in_channels, out_channels, 1, stride, relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add both, then ReLU."""
+        return torch.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    build.__name__: build for build in (vgg16, alexnet, mobilenet_v1, resnet18, resnet50, small_resnet, digits_net)
+}
+
+
+def build_model(name: str, num_classes: int, block: Block = "plain", **options) -> nn.Module:
+    """The model of that name. Raises ValueError for an unknown model or block."""
+    if name not in MODELS:
+        raise ValueError(f"model={name!r} is not known: choose from {', '.join(MODELS)}")
+    return MODELS[name](num_classes, block, **options)
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))
+
+
+def _with_blocks(resnet: nn.Module, block: Block, names: tuple[str, ...]) -> nn.Module:
+    """Put a block in the place of each convolution of those names, and nothing in the place of its batch norm."""
+    kind = block_type(block)
+    for module in (m for m in resnet.modules() if hasattr(m, "downsample")):
+        for name in names:
+            conv = getattr(module, name)
+            shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+            setattr(module, name, kind(*shape, conv.groups))
+            setattr(module, name.replace("conv", "bn"), nn.Identity())
+    return resnet

@@ -1,0 +1,331 @@
+"""How the suite draws: each function puts one thing on one matplotlib `Axes` and answers it.
+
+No training, no files (see `figures.show`). One style for all: colours that colour-blind readers tell apart, and scales
+that survive a black-and-white printer: brightness grows with the value, and where the sign matters it is also written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from torch import Tensor
+
+# Okabe and Ito's palette, told apart with every kind of colour vision; a branch has one colour everywhere.
+INK, GREY, PAPER = "#222222", "#8a8a8a", "#f1f1ee"
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
+BRANCH_COLOURS = {"kxk": BLUE, "1x1": ORANGE, "1x1_kxk": GREEN, "1x1_avg": PURPLE, "folded": INK}
+BRANCH_NAMES = {"kxk": "K×K", "1x1": "1×1", "1x1_kxk": "1×1–K×K", "1x1_avg": "1×1–AVG", "folded": "folded"}
+
+MAPS = "cividis"  # for activations: brightness follows the value
+SIGNED = "PuOr_r"  # for kernels and differences: white is zero, orange positive, purple negative
+ERRORS = "magma"  # for sizes of errors: black is none
+
+
+def use_style() -> None:
+    """Set matplotlib up for the suite; call once at the top of a notebook."""
+    plt.rcdefaults()
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.edgecolor": GREY,
+            "axes.labelcolor": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY, RED]),
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "legend.frameon": False,
+            "image.interpolation": "nearest",
+            "lines.linewidth": 2,
+        }
+    )
+
+
+def panels(rows: int = 1, columns: int = 1, size: float = 2.4, aspect: float = 1.0) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels, and its axes in reading order; `size` is a panel's width in inches."""
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * size * aspect), squeeze=False)
+    return figure, list(axes.flat)
+
+
+def photograph(x: Tensor, ax: Axes | None = None, title: str = "") -> Axes:
+    """A colour image "3 h w" or a grey one "h w", values 0 to 1."""
+    ax = _bare(ax, title)
+    picture = x.detach().float().clamp(0, 1).cpu()
+    ax.imshow(picture.permute(1, 2, 0) if picture.dim() == 3 else picture, cmap="gray", vmin=0, vmax=1)
+    return ax
+
+
+def feature_map(x: Tensor, ax: Axes | None = None, title: str = "", limits: tuple[float, float] | None = None) -> Axes:
+    """One channel of activations "h w", bright for large; `limits` share a scale between panels."""
+    ax = _bare(ax, title)
+    low, high = limits or limits_of([x])
+    ax.imshow(_numpy(x), cmap=MAPS, vmin=low, vmax=high)
+    return ax
+
+
+def difference(x: Tensor, ax: Axes | None = None, title: str = "", limit: float | None = None, unit: str = "") -> Axes:
+    """The size of a difference "h w", black where there is none; its largest value is written underneath."""
+    ax = _bare(ax, title)
+    size = x.detach().abs()
+    largest = size.max().item()
+    ax.imshow(_numpy(size), cmap=ERRORS, vmin=0, vmax=limit or largest or 1)
+    text = f"largest {largest:.2g} {unit}" if unit else f"largest {largest:.1e}"
+    ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", color=INK)
+    return ax
+
+
+def kernel(weight: Tensor, ax: Axes | None = None, title: str = "", limit: float | None = None) -> Axes:
+    """One kernel "kh kw": a colour for each tap, and its value."""
+    ax = _bare(ax, title)
+    limit = limit or weight.abs().max().item() or 1
+    shown = ax.imshow(_numpy(weight), cmap=SIGNED, vmin=-limit, vmax=limit)
+    for (y, x), value in _cells(weight):
+        colour = "white" if sum(shown.cmap(shown.norm(value))[:3]) < 1.4 else INK
+        ax.text(x, y, _short(value), ha="center", va="center", fontsize=8, color=colour)
+    return ax
+
+
+def kernel_grid(weights: Tensor, ax: Axes | None = None, title: str = "", limit: float | None = None) -> Axes:
+    """All kernels "o i kh kw" of a convolution as tiles: a row for each output channel, a column for each input's."""
+    ax = _bare(ax, title)
+    rows, columns, height, width = weights.shape
+    limit = limit or weights.abs().max().item() or 1
+    sheet = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1), float("nan"))
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * (height + 1) + 1, column * (width + 1) + 1
+            sheet[top : top + height, left : left + width] = weights[row, column].detach().float().cpu()
+    colours = colormaps[SIGNED].with_extremes(bad=GREY)
+    ax.imshow(sheet.numpy(), cmap=colours, vmin=-limit, vmax=limit)
+    return ax
+
+
+def matrix(
+    weights: Tensor, ax: Axes | None = None, title: str = "", groups: int = 1, colours: Sequence[str] = (BLUE,)
+) -> Axes:
+    """Kernels "o i kh kw" from afar, one square each: its side grows with the kernel's norm, none where all is zero.
+
+    A row for each output channel, a column for each input's; equal slices of the input have the `colours`, and the
+    outlines are the blocks that so many `groups` have room for.
+    """
+    ax = _bare(ax, title)
+    norms = weights.detach().flatten(2).norm(dim=2)
+    rows, columns = norms.shape
+    ax.add_patch(Rectangle((0, 0), columns, rows, facecolor=PAPER))
+    for (row, column), norm in _cells(norms / norms.max()):
+        side = 0.3 + 0.55 * norm if norm else 0
+        corner = (column + 0.5 - side / 2, row + 0.5 - side / 2)
+        ax.add_patch(Rectangle(corner, side, side, facecolor=colours[column * len(colours) // columns]))
+    width, height = columns / groups, rows / groups
+    for n in range(groups):
+        block = Rectangle((n * width, n * height), width, height, fill=False, edgecolor=INK, linewidth=1.5)
+        ax.add_patch(block).set_clip_on(False)
+    ax.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
+    return ax
+
+
+def bars(values: Mapping[str, float], ax: Axes | None = None, title: str = "", unit: str = "", digits: int = 2) -> Axes:
+    """A horizontal bar for each name, its value written at the end; branches in their colours."""
+    ax = ax or plt.gca()
+    names = list(values)
+    colours = [BRANCH_COLOURS.get(name, BLUE) for name in names]
+    drawn = ax.barh([BRANCH_NAMES.get(name, name) for name in names], list(values.values()), color=colours)
+    ax.bar_label(drawn, [f"{value:.{digits}f}{unit}" for value in values.values()], padding=4, color=INK)
+    ax.invert_yaxis()
+    ax.margins(x=0.25)
+    ax.set_title(title)
+    ax.spines["bottom"].set_visible(False)
+    ax.tick_params(bottom=False, labelbottom=False, left=False)
+    return ax
+
+
+def branch_diagram(branches: Mapping[str, Sequence[str]], folded: str, ax: Axes | None = None) -> Axes:
+    """A block as a diagram: on the left its branches, each a row of layers, added; on the right what they fold into."""
+    ax = _bare(ax, "")
+    depth, middle = max(map(len, branches.values())), (len(branches) - 1) / 2
+    plus, deployed = 1.1 * depth + 0.75, 1.1 * depth + 4.25
+    for row, (name, layers) in enumerate(branches.items()):
+        y, colour = len(branches) - 1 - row, BRANCH_COLOURS.get(name, BLUE)
+        _wire(ax, [(-0.55, middle), (0, y), (plus - 0.7, y), (plus, middle)], colour)
+        for n, layer in enumerate(layers):
+            _layer(ax, 0.45 + 1.1 * (n + (depth - len(layers)) / 2), y, layer, colour)
+    for left, right in ((-0.75, -0.5), (plus, plus + 0.6), (deployed - 1, deployed + 1)):
+        _wire(ax, [(left, middle), (right, middle)], INK)
+    ax.plot(plus, middle, "o", markersize=17, color="white", markeredgecolor=INK, markeredgewidth=2)
+    ax.text(plus, middle, "+", ha="center", va="center_baseline", fontsize=15, color=INK)
+    _layer(ax, deployed, middle, folded, INK)
+    for text, left, right in (("input", -0.8, deployed - 1.05), ("output", plus + 0.65, deployed + 1.05)):
+        for x in (left, right):
+            ax.text(x, middle, text, ha="right" if text == "input" else "left", va="center", color=INK)
+    heading = {"y": len(branches) - 0.3, "va": "center", "ha": "center", "color": INK}
+    ax.text(plus / 2, s="training form", weight="bold", **heading)
+    ax.text(deployed, s="folded", weight="bold", **heading)
+    _arrow(ax, (plus / 2 + 1.1, heading["y"]), (deployed - 0.6, heading["y"]))
+    ax.text((plus / 2 + deployed) / 2 + 0.25, s="fold", bbox={"color": "white"}, **heading)
+    ax.set_xlim(-1.5, deployed + 1.8)
+    ax.set_ylim(-0.5, len(branches))
+    return ax
+
+
+def shapes(tensors: Mapping[str, Mapping[str, int]], signs: str = "", summed: str = "", ax: Axes | None = None) -> Axes:
+    """Tensors as boxes of cells in a row, `signs` between them; the dimension that is `summed` over stands out.
+
+    The first dimension of a tensor runs down, the second across, the third (if there is one) into the page.
+    """
+    ax, x = _bare(ax, ""), 0.0
+    for (title, sizes), mark in zip(tensors.items(), [*signs, ""]):
+        (height, width, depth), corner = [*sizes.values(), 0][:3], complex(x, next(iter(sizes.values())) / 2)
+        down, across, back = -1j * height, width + 0j, 0.3 * depth * (1 + 1j)  # the page as the complex plane
+        _face(ax, corner, (down, height), (across, width), "#eef3f8")
+        if depth:
+            _face(ax, corner, (back, depth), (across, width), "#dbe6f0")
+            _face(ax, corner + across, (down, height), (back, depth), "#c8d7e6")
+        places = (
+            (corner, down, -0.2, "right"),
+            (corner + down, across, -0.6j, "center"),
+            (corner, back, -0.3, "right"),
+        )
+        for (name, size), (start, side, gap, ha) in zip(sizes.items(), places):
+            colour, strong = (RED, True) if name == summed else (INK, False)
+            middle = start + side / 2 + gap
+            ax.plot(*_points(start, start + side), color=colour, linewidth=4 if strong else 1.5)
+            weight = "bold" if strong else "normal"
+            ax.text(middle.real, middle.imag, f"{name} = {size}", ha=ha, va="center", color=colour, weight=weight)
+        end = corner + across + back
+        ax.text((x + end.real) / 2, end.imag + 0.4, title, ha="center", va="bottom", color=INK, fontsize=12)
+        ax.text(end.real + 0.9, 0, mark, ha="center", va="center", color=INK, fontsize=20)
+        x = end.real + 3
+    ax.set_aspect("equal")
+    return ax
+
+
+def roadmap(
+    groups: Mapping[str, tuple[float, float, str]],
+    arrows: Collection[tuple[str, str]],
+    filled: Collection[str],
+    ax: Axes | None = None,
+) -> Axes:
+    """The way through numbered stops: groups of them ("one · two"), each at its (column, row), joined by arrows.
+
+    The stops are numbered in order, 00 first; those whose number is in `filled` stand out.
+    """
+    ax, edges, numbers = _bare(ax, ""), {}, count()
+    for title, (left, row, text) in groups.items():
+        stops, top = text.split(" · "), -1.5 * row
+        width = max(len(stops), 2)
+        edges[title] = (left + width / 2, top, top - 1.18)
+        _rounded(ax, left, top - 1.18, width, 1.18, PAPER, "none")
+        ax.text(left + 0.1, top - 0.17, title, va="center", weight="bold", color=INK, fontsize=9)
+        for n, stop in enumerate(stops):
+            number, step = f"{next(numbers):02}", width / len(stops)
+            face, colour = (BLUE, "white") if number in filled else ("white", INK)
+            middle = {"x": left + (n + 0.5) * step, "ha": "center", "va": "center", "color": colour}
+            _rounded(ax, left + n * step + 0.05, top - 1.1, step - 0.1, 0.76, face, BLUE)
+            ax.text(y=top - 0.5, s=number, fontsize=9, weight="bold", **middle)
+            ax.text(y=top - 0.83, s=fill(stop, int(12 * step)), fontsize=8, linespacing=1.1, **middle)
+    for start, end in arrows:
+        (x, _, bottom), (to, top, _) = edges[start], edges[end]
+        _arrow(ax, (x, bottom), (to, top))
+    ax.set_aspect("equal")
+    ax.autoscale_view()
+    return ax
+
+
+def sign(ax: Axes, symbol: str) -> None:
+    """Write `+`, `=` or `→` in the gap to the left of a panel, so that a row of panels reads as a formula."""
+    ax.annotate(
+        symbol, (0, 0.5), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="center",
+        fontsize=16, color=INK,
+    )  # fmt: skip
+
+
+def signs(axes: Sequence[Axes], symbols: str) -> None:
+    """A `sign` for each panel, in order; a space leaves a gap empty."""
+    for ax, symbol in zip(axes, symbols):
+        sign(ax, symbol)
+
+
+def scale(ax: Axes, colours: str, limits: tuple[float, float], label: str = "") -> None:
+    """A slim colour bar to the right of a panel."""
+    mappable = plt.cm.ScalarMappable(Normalize(*limits), colours)
+    bar = ax.figure.colorbar(mappable, ax=ax, fraction=0.05, pad=0.03, label=label)
+    bar.outline.set_visible(False)
+
+
+def limits_of(xs: Sequence[Tensor], tail: float = 0.005) -> tuple[float, float]:
+    """A scale that panels share: the range of all values, without the outermost half percent."""
+    values = torch.cat([x.detach().float().flatten().cpu() for x in xs])
+    return torch.quantile(values[:: max(1, len(values) // 200_000)], torch.tensor([tail, 1 - tail])).tolist()
+
+
+def _bare(ax: Axes | None, title: str) -> Axes:
+    """Axes for a picture: no ticks, no frame."""
+    ax = ax or plt.gca()
+    ax.set_title(title)
+    ax.set_axis_off()
+    return ax
+
+
+def _numpy(x: Tensor):
+    return x.detach().float().cpu().numpy()
+
+
+def _wire(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """A line of a diagram, under its layers."""
+    ax.plot(*zip(*points), color=colour, zorder=0, solid_joinstyle="round")
+
+
+def _layer(ax: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """A layer of a diagram: its name in a box."""
+    box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": colour, "linewidth": 2}
+    ax.text(x, y, text, ha="center", va="center", color=INK, bbox=box)
+
+
+def _rounded(ax: Axes, x: float, y: float, width: float, height: float, face: str, edge: str) -> None:
+    """A rectangle with round corners."""
+    style = "round,pad=0,rounding_size=0.08"
+    ax.add_patch(FancyBboxPatch((x, y), width, height, style, facecolor=face, edgecolor=edge, linewidth=1.5))
+
+
+def _face(ax: Axes, corner: complex, one: tuple[complex, int], other: tuple[complex, int], colour: str) -> None:
+    """A side of a box: a parallelogram on two (edge, number of cells), its cells ruled."""
+    ax.fill(*_points(corner, corner + one[0], corner + one[0] + other[0], corner + other[0]), color=colour)
+    for (edge, cells), (across, _) in ((one, other), (other, one)):
+        for n in range(cells + 1):
+            start = corner + edge * n / cells
+            ax.plot(*_points(start, start + across), color=GREY, linewidth=0.6)
+
+
+def _points(*points: complex) -> tuple[list[float], list[float]]:
+    """Points of the complex plane as matplotlib wants them."""
+    return [p.real for p in points], [p.imag for p in points]
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A grey arrow."""
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.5})
+
+
+def _cells(weight: Tensor) -> list[tuple[tuple[int, int], float]]:
+    """Every tap's (row, column) and value."""
+    values = weight.detach().float().cpu()
+    return [((y, x), values[y, x].item()) for y in range(values.shape[0]) for x in range(values.shape[1])]
+
+
+def _short(value: float) -> str:
+    """Two digits behind the point, a true minus, and a bare 0 for exactly zero."""
+    return "0" if value == 0 else f"{value:.2f}".replace("-", "−")

@@ -1,0 +1,403 @@
+"""The training loop: one process, or several under torchrun, on CPU or GPU; the same code for notebooks and the shell.
+
+A run can be killed at any moment. It is resumed by the same call, and ends in the weights that it would have had: what
+is random depends on seed, epoch and step alone (see `dbb.data`), the rest is in `resume.pt`, written atomically.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dbb.data import Batches, ImageSet, generator, load
+from dbb.figures import write_atomically
+from dbb.models import build_model
+from dbb.recipes import TrainingRecipe
+from dbb.surgery import reparameterize
+
+RESUME, METRICS, MODEL, RECORD = "resume.pt", "metrics.jsonl", "model.safetensors", "record.json"
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class TrainingStoppedError(Exception):
+    """Training was asked to stop; what it had reached is saved."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; nothing was overwritten."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How a run uses the machine; it changes the speed, and rounding, but not what is trained.
+
+    precision: "float32", or "bfloat16" by autocast
+    accumulate: in how many pieces a batch goes through the model
+    save_seconds: how often at least the state is saved, besides the end of each epoch
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    accumulate: int = 1
+    save_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse a device that is not there, and a precision that is not known."""
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is not known: choose from {', '.join(PRECISIONS)}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate} must be 1 or more")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={self.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+@dataclass
+class State:
+    """How far a run has come: the epoch and the step within it that come next, and what was measured."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0  # summed over the steps of this epoch
+    seconds: float = 0.0  # of training and testing, over all sittings
+    history: list[dict] = field(default_factory=list)
+
+
+class Trainer:
+    """A recipe being trained: `Trainer(recipe, *load("digits")).run()`.
+
+    folder: where the state is kept, and found again; None keeps none
+    synchronise: what turns the model's norms into ones that all processes share; `nn.SyncBatchNorm`'s conversion on
+        GPUs, and needed only with several processes
+    say: takes each epoch's measurements, a dict
+    tick: called after each step
+
+    Raises ValueError for a folder that holds another run.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        train_images: ImageSet,
+        test_images: ImageSet,
+        folder: Path | None = None,
+        hardware: Hardware | None = None,
+        synchronise: Callable[[nn.Module], nn.Module] | None = None,
+        say: Callable[[dict], None] = lambda line: None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.recipe, self.folder, self.say, self.tick = recipe, folder, say, tick
+        self.hardware = hardware or Hardware()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if recipe.train_images:
+            train_images = train_images.first_of_each_class(recipe.train_images)
+        self.train_images, self.test_images = train_images, test_images
+        self._make_batches()
+        self._make_model(synchronise)
+        self.state = State()
+        self._resume()
+
+    def _make_batches(self) -> None:
+        mean, std = self.train_images.mean_and_std()
+        device, recipe = self.hardware.device, self.recipe
+        share = {"mean": mean, "std": std, "rank": self.rank, "world": self.world}
+        shuffled = {"train": True, "augmentation": recipe.augmentation, "seed": recipe.seed}
+        self.batches = Batches(self.train_images.to(device), recipe.batch_size, **shuffled, **share)
+        self.tests = Batches(self.test_images.to(device), 500 * self.world, **share)
+
+    def _make_model(self, synchronise: Callable[[nn.Module], nn.Module] | None) -> None:
+        recipe, hardware = self.recipe, self.hardware
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe.model, len(self.train_images.classes), recipe.block, **recipe.model_options)
+        if self.world > 1 and synchronise is None and hardware.device.startswith("cuda"):
+            synchronise = nn.SyncBatchNorm.convert_sync_batchnorm
+        model = synchronise(model) if synchronise else model
+        memory = torch.channels_last if hardware.channels_last else torch.contiguous_format
+        self.model = model.to(hardware.device, memory_format=memory)
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(model, recipe), recipe.lr, recipe.momentum, nesterov=recipe.nesterov
+        )
+        average = get_ema_multi_avg_fn(recipe.ema) if recipe.ema else None
+        self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True) if average else None
+        self.trained: nn.Module = self.model
+        if self.world > 1:
+            ids = [torch.device(hardware.device)] if hardware.device.startswith("cuda") else None
+            self.trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        if hardware.compile:
+            self.trained = torch.compile(self.trained)
+
+    @property
+    def best_model(self) -> nn.Module:
+        """What is evaluated and kept: the model, or the average of its weights where the recipe has one."""
+        return self.average.module if self.average else self.model
+
+    def run(self) -> nn.Module:
+        """Train to the end, from wherever the run stands, and return the trained model in eval mode.
+
+        Raises TrainingStoppedError after SIGTERM, with the state saved, and TrainingError for a loss that is no number.
+        """
+        with _sigterm() as asked_to_stop:
+            while self.state.epoch < self.recipe.epochs:
+                self._train_epoch(asked_to_stop)
+        return self.best_model.eval()
+
+    def _train_epoch(self, asked_to_stop: threading.Event) -> None:
+        self.trained.train()
+        saved = started = time.perf_counter()
+        loss = torch.tensor(self.state.loss, dtype=torch.float64, device=self.hardware.device)
+        for images, labels in self.batches.epoch(self.state.epoch, self.state.step):
+            loss += self._train_step(images, labels)
+            self.state.step += 1
+            self.tick()
+            now = time.perf_counter()
+            if asked_to_stop.is_set() or now - saved > self.hardware.save_seconds:
+                self.state.loss, self.state.seconds = loss.item(), self.state.seconds + now - started
+                saved = started = now
+                self._save()
+            if asked_to_stop.is_set():
+                raise TrainingStoppedError(f"stopped in epoch {self.state.epoch + 1}, step {self.state.step}")
+        self._finish_epoch(loss.item() / len(self.batches), started)
+
+    def _finish_epoch(self, loss: float, started: float) -> None:
+        state = self.state
+        accuracy, test_loss = self.evaluate(self.best_model)
+        state.seconds += time.perf_counter() - started
+        state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
+        state.history.append(
+            {
+                "epoch": state.epoch,
+                "train_loss": loss,
+                "test_loss": test_loss,
+                "test_accuracy": accuracy,
+                "lr": self.learning_rate(state.epoch * len(self.batches) - 1),
+                "seconds": round(state.seconds, 3),
+            }
+        )
+        if self.rank == 0:
+            self.say(state.history[-1])
+        self._save()
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step; answers the loss."""
+        recipe, state, pieces = self.recipe, self.state, self.hardware.accumulate
+        torch.manual_seed(generator(recipe.seed, state.epoch, state.step, self.rank).initial_seed())  # for dropout
+        lr = self.learning_rate(state.epoch * len(self.batches) + state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        total = torch.zeros((), device=images.device)
+        for x, y in zip(images.chunk(pieces), labels.chunk(pieces)):
+            with self._autocast():
+                loss = F.cross_entropy(self.trained(self._laid_out(x)), y, label_smoothing=recipe.label_smoothing)
+            (loss * (len(x) / len(images))).backward()
+            total += loss.detach() * (len(x) / len(images))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.model)
+        return total
+
+    def learning_rate(self, step: int) -> float:
+        """At that step of the whole run: a rise, then half a cosine that ends at zero."""
+        per_epoch = len(self.batches)
+        warmup, total = self.recipe.warmup_epochs * per_epoch, self.recipe.epochs * per_epoch
+        if step < warmup:
+            return self.recipe.lr * (step + 1) / warmup
+        return self.recipe.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> tuple[float, float]:
+        """Accuracy and mean loss on the test images, each counted once, over all processes."""
+        model.eval()
+        right, loss = (torch.zeros((), dtype=torch.float64, device=self.hardware.device) for _ in range(2))
+        for images, labels in self.tests.epoch():
+            with self._autocast():
+                answers = model(self._laid_out(images)).float()
+            right += (answers.argmax(1) == labels).sum()
+            loss += F.cross_entropy(answers, labels, reduction="sum")
+        if self.world > 1:
+            dist.all_reduce(right)
+            dist.all_reduce(loss)
+        return (right / len(self.test_images)).item(), (loss / len(self.test_images)).item()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISIONS[self.hardware.precision]
+        return torch.autocast(torch.device(self.hardware.device).type, dtype, enabled=dtype is not None)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.hardware.channels_last else images
+
+    # What is kept
+
+    def _save(self) -> None:
+        """Write the state, from one process; a run that has gone wrong is not written over one that had not."""
+        broken = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        if broken:
+            raise TrainingError(
+                f"{broken[0]} holds inf or nan in epoch {self.state.epoch + 1}: lower lr={self.recipe.lr} or raise "
+                f"warmup_epochs={self.recipe.warmup_epochs}; the last good state is kept"
+            )
+        if self.folder is None or self.rank != 0:
+            return
+        content = io.BytesIO()
+        torch.save(
+            {
+                "recipe": self.recipe.as_dict(),
+                "data": self.data_facts(),
+                "state": vars(self.state),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
+            },
+            content,
+        )
+        write_atomically(self.folder / RESUME, content.getvalue())
+
+    def _resume(self) -> None:
+        """Take up a run that was saved in the folder."""
+        if self.folder is None or not (self.folder / RESUME).exists():
+            return
+        path = self.folder / RESUME
+        try:
+            saved = torch.load(path, map_location=self.hardware.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read ({error}): remove it to start anew") from error
+        for what, own in (("recipe", self.recipe.as_dict()), ("data", self.data_facts())):
+            other = [f"{key}={saved[what].get(key)!r}" for key in own if saved[what].get(key) != own[key]]
+            if other:
+                raise ValueError(f"{path} is of another run, with {', '.join(other)}: use another folder, or remove it")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+        self.state = State(**saved["state"])
+
+    def data_facts(self) -> dict:
+        """The name and the fingerprints of the data."""
+        return {
+            "name": self.train_images.name,
+            "train": self.train_images.fingerprint(),
+            "test": self.test_images.fingerprint(),
+        }
+
+
+def launch(
+    recipe: TrainingRecipe,
+    folder: Path,
+    hardware: Hardware,
+    root: str | Path = "data/cache",
+    results: Path | None = None,
+) -> dict | None:
+    """Train, or go on training, in `folder`; keep the model and a record there, and append the record to `results`.
+
+    root: see `dbb.data.load`. Under torchrun each process calls this. Returns the record, from the first process.
+    """
+    from tqdm import tqdm
+
+    with _processes(hardware) as (hardware, first):
+        train_images, test_images = load(recipe.data, root)
+        trainer = Trainer(recipe, train_images, test_images, folder, hardware)
+        done, steps = trainer.state.epoch * len(trainer.batches) + trainer.state.step, len(trainer.batches)
+        title = f"{recipe.name} {recipe.block}"
+        with tqdm(desc=title, total=recipe.epochs * steps, initial=done, disable=not first, leave=False) as bar:
+            trainer.say, trainer.tick = partial(_say, trainer, bar), bar.update
+            model = trainer.run()
+        if done == recipe.epochs * steps and (folder / RECORD).exists():
+            return json.loads((folder / RECORD).read_text(encoding="utf-8"))  # it was finished before
+        folded_accuracy, _ = trainer.evaluate(reparameterize(model))
+        return _keep(trainer, model, folded_accuracy, results) if first else None
+
+
+def _say(trainer: Trainer, bar, line: dict) -> None:
+    """Show the last epoch in the progress bar, and keep all of them in a file, one JSON line each."""
+    bar.set_postfix(loss=f"{line['train_loss']:.3f}", accuracy=f"{line['test_accuracy']:.2%}")
+    lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.state.history)
+    write_atomically(trainer.folder / METRICS, lines.encode())
+
+
+def _keep(trainer: Trainer, model: nn.Module, folded_accuracy: float, results: Path | None) -> dict:
+    """Write down the model and what came of the run."""
+    from dbb.checkpoint import save_model
+    from dbb.results import append, record
+
+    line = record(trainer, folded_accuracy)
+    facts = {"data": line["data"], "test_accuracy": line["test_accuracy"], "commit": line["commit"]}
+    save_model(trainer.folder / MODEL, model, trainer.recipe, trainer.train_images.classes, **facts)
+    if results:
+        append(results, line)
+    write_atomically(trainer.folder / RECORD, (json.dumps(line, indent=1) + "\n").encode())
+    return line
+
+
+@contextmanager
+def _processes(hardware: Hardware) -> Iterator[tuple[Hardware, bool]]:
+    """The processes that torchrun started, joined; the hardware of this one, and whether it is the first."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield hardware, True
+        return
+    gpu = hardware.device.startswith("cuda")
+    if gpu:
+        hardware = replace(hardware, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(hardware.device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield hardware, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def parameter_groups(model: nn.Module, recipe: TrainingRecipe) -> list[dict]:
+    """The parameters in groups of one weight decay and one factor of the learning rate.
+
+    "by_type": kernels and matrices decay, norms and biases do not.
+    "authors": everything decays, gammas and biases too, but nothing that belongs to a depthwise convolution; biases
+    learn twice as fast. (The authors' code goes by names: `depth` and `bias`.)
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    depthwise = {p for m in model.modules() if _is_depthwise(m) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        if recipe.decay == "authors":
+            decays, factor = parameter not in depthwise, 2.0 if name.endswith("bias") else 1.0
+        else:
+            decays, factor = parameter.dim() > 1, 1.0
+        groups.setdefault((recipe.weight_decay if decays else 0.0, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return getattr(module, "groups", 1) == getattr(module, "in_channels", None) != 1
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where signals can be caught: in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

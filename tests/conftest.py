@@ -1,0 +1,55 @@
+"""What all tests share: the project, the one run of every notebook, and the ledger of where the time went."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors: a second thread costs more than it does, and much more on a busy machine
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = Path(__file__).parent / "offline"
+SECONDS: dict[str, float] = defaultdict(float)  # of each test file
+NOTEBOOKS: dict[str, dict[str, float]] = defaultdict(dict)  # of each notebook, under papermill and under nbval
+
+
+@pytest.fixture(scope="session")
+def ledger():
+    """Where fixtures write down how long a notebook took: `ledger["papermill"]["01_conv_bn"] = 3.2`."""
+    return NOTEBOOKS
+
+
+@pytest.fixture(scope="session")
+def offline() -> dict[str, str]:
+    """The environment in which a process reaches nothing but this machine."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))}
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory, ledger, offline) -> SimpleNamespace:
+    """Every notebook, run once through papermill in the quick profile, two at once and offline."""
+    from dbb import suite
+
+    build = tmp_path_factory.mktemp("suite")
+    env = offline | {"DBB_FIGURES": str(build / "figures")}
+    outcomes = suite.run(suite.Project(ROOT), jobs=2, env=env, build=build, say=lambda line: None)
+    ledger["papermill"].update({outcome.notebook: outcome.seconds for outcome in outcomes})
+    return SimpleNamespace(build=build, outcomes={outcome.notebook: outcome for outcome in outcomes})
+
+
+def pytest_runtest_logreport(report):
+    SECONDS[report.nodeid.partition("::")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("where the time went")
+    for file, seconds in sorted(SECONDS.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{seconds:8.1f} s  {file}")
+    for tool, times in sorted(NOTEBOOKS.items()):
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in sorted(times.items()))
+        terminalreporter.write_line(f"{sum(times.values()):8.1f} s  of notebooks under {tool}: {parts}")

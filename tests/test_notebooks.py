@@ -1,0 +1,284 @@
+"""The notebooks: each runs through papermill, keeps the rules of the house, and shows what it stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbb import figures, suite
+from dbb import notebook as nb
+from tests.conftest import ROOT
+
+PATHS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+FIGURES = ROOT / "figures"
+CARD = ("question", "afterwards", "builds on", "time", "hardware")
+CHECKED = "nbval-check-output"
+MOST_CODE_CELLS = 30
+MOST_CODE_LINES = 6  # the median of a notebook
+SIZE_LIMIT = 4_000_000  # bytes of a committed notebook, outputs included
+ABSOLUTE = re.compile(r"(?<![\w./~:-])/(home|root|Users|tmp|var|opt|usr|mnt|private)/\w|[A-Z]:\\Users")
+each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def read(path: Path):
+    return nb.read(path)
+
+
+def prose(path: Path) -> str:
+    return "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+
+
+def tagged(path: Path, tag: str) -> list:
+    return [cell for cell in read(path).cells if tag in nb.tags(cell)]
+
+
+def code_lines(cell) -> int:
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.split("\n"))
+
+
+def shown_text(path: Path) -> str:
+    """All text that the outputs of the notebook hold."""
+    outputs = [output for cell in nb.code_cells(read(path)) for output in cell.outputs]
+    texts = [output.get("text", "") for output in outputs]
+    data = [(kind, value) for output in outputs for kind, value in output.get("data", {}).items()]
+    return "\n".join(texts + [str(value) for kind, value in data if not kind.startswith("image/png")])
+
+
+# All of them run.
+
+
+def test_there_are_notebooks():
+    assert PATHS, "no notebooks: every test of this file would pass unseen"
+
+
+def test_every_notebook_runs(executed):
+    assert sorted(executed.outcomes) == [path.stem for path in PATHS]
+
+
+@each_notebook
+def test_it_runs_through_papermill_offline(path, executed):
+    outcome = executed.outcomes[path.stem]
+    assert outcome.error is None, suite.complaint(outcome)
+
+
+@each_notebook
+def test_every_cell_ran_and_something_was_checked(path, executed):
+    outcome = executed.outcomes[path.stem]
+    assert outcome.cells == len(nb.code_cells(read(path))) > 0
+    assert outcome.checks > 0, "a notebook asserts what it claims"
+
+
+@each_notebook
+def test_it_takes_about_a_minute_at_most(path, executed):
+    assert executed.outcomes[path.stem].seconds < 150  # more than the minute, for machines that do other work, too
+
+
+# The rules of the house.
+
+
+@each_notebook
+def test_its_name_is_a_number_and_words(path):
+    assert path.parent == ROOT / "notebooks" and re.fullmatch(r"\d\d_[a-z0-9]+(_[a-z0-9]+)*", path.stem)
+    assert sum(other.stem[:2] == path.stem[:2] for other in PATHS) == 1
+
+
+@each_notebook
+def test_it_opens_with_a_card(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith(f"# {path.stem[:2]} ")
+    assert [word for word in CARD if f"**{word}" not in first.source.lower()] == []
+
+
+@each_notebook
+def test_it_has_one_cell_of_literal_parameters(path):
+    parameters = nb.parameters(read(path), path.stem)
+    assert parameters["profile"] == "quick" and {"seed", "device"} <= set(parameters)
+    assert "parameters" in nb.tags(nb.code_cells(read(path))[0]), "the parameters come first"
+
+
+@each_notebook
+def test_its_cells_are_short_and_few(path):
+    cells = nb.code_cells(read(path))
+    taught = [code_lines(cell) for cell in cells if "solution" not in nb.tags(cell)]
+    assert len(taught) <= MOST_CODE_CELLS
+    assert statistics.median(taught) <= MOST_CODE_LINES, taught
+
+
+@each_notebook
+def test_no_cell_is_empty_or_hides_its_output_with_a_semicolon(path):
+    cells = read(path).cells
+    assert [cell.source for cell in cells if not cell.source.strip()] == []
+    assert [cell.source for cell in cells if cell.cell_type == "code" and cell.source.rstrip().endswith(";")] == []
+
+
+@each_notebook
+def test_nothing_is_allowed_to_fail_or_be_skipped(path):
+    forbidden = {"raises-exception", "skip-execution", "nbval-skip", "nbval-ignore-output", "nbval-raises-exception"}
+    assert [cell.source for cell in read(path).cells if nb.tags(cell) & forbidden] == []
+
+
+@each_notebook
+def test_every_exercise_has_a_folded_solution(path):
+    cells = read(path).cells
+    start = next(i for i, cell in enumerate(cells) if re.search(r"^## Exercises", cell.source, re.MULTILINE))
+    asked = [i for i, c in enumerate(cells) if i >= start and re.search(r"^\*\*\d+\.", c.source, re.MULTILINE)]
+    assert asked, "no exercise: each is a cell of prose that starts with **1.**"
+    assert [i + 1 for i in asked] == [i for i, cell in enumerate(cells) if "solution" in nb.tags(cell)]
+    assert all(cell.metadata.jupyter.source_hidden for cell in tagged(path, "solution"))
+
+
+@each_notebook
+def test_it_ends_with_a_summary_and_where_to_go_next(path):
+    last = [line for line in prose(path).split("\n") if line.startswith("## ")][-2:]
+    assert "Summary" in last[0] or "Summary" in last[-1]
+
+
+@each_notebook
+def test_its_links_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?:|#|attachment:)([^)#\s]+)", prose(path))
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+# What is committed.
+
+
+@each_notebook
+def test_its_outputs_are_committed_in_order_and_without_errors(path):
+    cells = nb.code_cells(read(path))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {output.output_type for cell in cells for output in cell.outputs}
+    assert kinds and "error" not in kinds
+
+
+@each_notebook
+def test_it_is_committed_normalised(path):
+    assert path.read_text(encoding="utf-8") == nb.dump(nb.normalise(read(path), ROOT)), "dbb run --update"
+    assert path.stat().st_size < SIZE_LIMIT
+
+
+@each_notebook
+def test_its_outputs_say_nothing_about_this_machine(path):
+    text = shown_text(path)
+    assert ABSOLUTE.search(text) is None, ABSOLUTE.search(text)
+    assert str(ROOT) not in path.read_text(encoding="utf-8")
+    host = os.uname().nodename
+    assert host not in text or len(host) < 6  # a short one stands in other words, too
+
+
+# Figures.
+
+
+@each_notebook
+def test_its_figures_are_those_committed(path, executed):
+    drawn = executed.outcomes[path.stem].figures
+    committed = [figure for figure in figures.read_manifest(FIGURES) if figure.notebook == path.stem]
+    assert sorted(drawn) == sorted(committed), "make reproduce"
+    for figure in drawn:
+        assert_same_picture(executed.build / "figures" / figure.file, FIGURES / figure.file, figure.rounding)
+
+
+def test_the_manifest_lists_the_figures_and_nothing_else():
+    entries = json.loads((FIGURES / figures.MANIFEST).read_text(encoding="utf-8"))["figures"]
+    files = sorted(path.name for path in FIGURES.iterdir() if path.name != figures.MANIFEST)
+    assert [entry["file"] for entry in entries] == files != []
+    for entry in entries:
+        content = (FIGURES / entry["file"]).read_bytes()
+        assert (len(content), figures.sha256(content)) == (entry["bytes"], entry["sha256"])
+        assert entry["alt"].strip() and (ROOT / "notebooks" / f"{entry['notebook']}.ipynb").exists()
+
+
+def assert_same_picture(drawn: Path, committed: Path, rounding: bool = False) -> None:
+    """Equal to the byte or, as other processors round differently, all but equal in every pixel.
+
+    Of a picture of rounding errors only the greater part must be equal.
+    """
+    if drawn.read_bytes() == committed.read_bytes():
+        return
+    assert drawn.suffix == ".png", f"{drawn.name} differs"
+    new, old = (np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in (drawn, committed))
+    assert new.shape == old.shape
+    off = np.abs(new - old).max(axis=-1)
+    share, mean = (0.5, 50) if rounding else (0.002, 0.5)
+    assert (off > 16).mean() < share and off.mean() < mean, f"{drawn.name}: {(off > 16).mean():.2%} of pixels differ"
+
+
+@pytest.mark.parametrize("pixels, rounding, same", [(1, False, True), (400, False, False), (400, True, True)])
+def test_pictures_are_compared(tmp_path, pixels, rounding, same):
+    old = np.full((100, 100, 3), 200, dtype=np.uint8)
+    new = old.copy()
+    new.reshape(-1, 3)[:pixels] = 100
+    for name, image in (("old", old), ("new", new)):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    if same:
+        assert_same_picture(tmp_path / "new.png", tmp_path / "old.png", rounding)
+    else:
+        with pytest.raises(AssertionError, match="pixels differ"):
+            assert_same_picture(tmp_path / "new.png", tmp_path / "old.png", rounding)
+
+
+# Stored outputs are compared with new ones, by nbval.
+
+
+def nbval(path: Path, folder: Path, env: dict[str, str]) -> tuple[int, str, ElementTree.Element]:
+    """Run nbval over `path` in a process of its own; return its exit status, what it printed and its record."""
+    record = folder / f"{path.stem}.xml"
+    options = ["-c", os.devnull, "--rootdir", str(path.parent), "-p", "no:cacheprovider", "-q", "--tb=short"]
+    options += ["--nbval-lax", "--nbval-current-env", f"--nbval-sanitize-with={ROOT / 'tests/nbval.cfg'}"]
+    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={record}", str(path)]
+    own = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PLATFORM_DIRS": "1"}
+    done = subprocess.run(command, env=os.environ | env | own, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, ElementTree.parse(record).getroot()
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory, ledger, offline) -> dict[str, tuple[int, str, int]]:
+    """Every notebook through nbval, two at once: exit status, what it printed, number of cells."""
+    folder = tmp_path_factory.mktemp("nbval")
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(PATHS, pool.map(lambda path: nbval(path, folder, offline), PATHS)))
+    times = {path.stem: float(record.find("testsuite").get("time")) for path, (_, _, record) in results.items()}
+    ledger["nbval"].update(times)
+    return {
+        path.stem: (status, text, len(record.findall(".//testcase")))
+        for path, (status, text, record) in results.items()
+    }
+
+
+@each_notebook
+def test_its_marked_outputs_are_what_is_stored(path, compared):
+    status, text, cells = compared[path.stem]
+    assert status == 0, text
+    assert cells == len([cell for cell in read(path).cells if cell.cell_type == "code"])
+
+
+@each_notebook
+def test_nothing_passes_nbval_unseen(path):
+    marked = tagged(path, CHECKED)
+    assert marked, f"no cell is tagged {CHECKED}"
+    assert [cell.source for cell in marked if cell.execution_count is None or not comparable(cell)] == []
+
+
+def comparable(cell) -> bool:
+    """nbval compares text, and leaves pictures and whatever has no count alone."""
+    return any(out.get("text") or "text/plain" in out.get("data", {}) for out in cell.outputs)
+
+
+def test_nbval_notices_another_output(tmp_path):
+    book = read(PATHS[0])
+    count = {"execution_count": 1, "id": "a", "metadata": {"tags": [CHECKED]}, "cell_type": "code"}
+    stored = [{"output_type": "stream", "name": "stdout", "text": "three\n"}]
+    book.cells = [type(book)(count | {"source": "print('two')", "outputs": [type(book)(out) for out in stored]})]
+    (tmp_path / "01_other.ipynb").write_text(nb.dump(book))
+    status, text, _ = nbval(tmp_path / "01_other.ipynb", tmp_path, {})
+    assert status == pytest.ExitCode.TESTS_FAILED and "three" in text

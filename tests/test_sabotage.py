@@ -1,0 +1,265 @@
+"""Sabotage: break the library in a named place, and a named test must fail; where a notebook teaches it, that one, too.
+
+A fault is one replacement in one file. The test that guards it runs against a broken copy of the package, and so does
+the notebook: a suite that stays green with a broken library proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.broken import ROOT, copy_package
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is broken, where, who must notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+    notebook: str | None = None
+
+    def plant(self, folder: Path) -> None:
+        """Copy the package and its tests, with the fault in it."""
+        broken = copy_package(folder) / "dbb" / self.file
+        source = broken.read_text()
+        assert source.count(self.old) == 1, f"{self.old!r} must stand once in {self.file}, to be broken"
+        broken.write_text(source.replace(self.old, self.new))
+
+
+FAULTS = [
+    Fault(
+        "batch norm divides by the variance instead of its root",
+        "fold.py",
+        "gamma / torch.sqrt(var + norm.eps)",
+        "gamma / (var + norm.eps)",
+        "tests/test_fold.py::test_layer[norm]",
+        "01",
+    ),
+    Fault(
+        "batch norm forgets eps",
+        "fold.py",
+        "torch.sqrt(var + norm.eps)",
+        "torch.sqrt(var)",
+        "tests/test_fold.py::test_layer[norm, no affine]",
+        "01",
+    ),
+    Fault(
+        "batch norm forgets the running mean",
+        "fold.py",
+        "beta - scale * mean",
+        "beta",
+        "tests/test_fold.py::test_layer[conv norm]",
+        "01",
+    ),
+    Fault(
+        "a padded convolution behind a bias is folded anyway",
+        "affine.py",
+        "if padded > 0 and first.bias is not None:",
+        "if False:",
+        "tests/test_affine.py::test_refused[behind one with a bias]",
+        "01",
+    ),
+    Fault(
+        "the last branch is forgotten",
+        "layers.py",
+        "reduce(add, layer.fold_branches())",
+        "reduce(add, layer.fold_branches()[:-1])",
+        "tests/test_fold.py::test_layer[parallel]",
+        "00",
+    ),
+    Fault(
+        "the border is filled with zeros",
+        "layers.py",
+        "if border is None or max(around) <= 0:",
+        "if True:",
+        "tests/test_fold.py::test_layer[bias pad]",
+        "00",
+    ),
+    Fault(
+        "the average divides by K instead of K * K",
+        "affine.py",
+        "1 / (divisor or height * width)",
+        "1 / (divisor or height)",
+        "tests/test_fold.py::test_layer[pool]",
+        "00",
+    ),
+    Fault(
+        "kernels are centred instead of placed",
+        "affine.py",
+        "start, step = (new.left - old.left) // new.dilation, max(1, old.dilation // new.dilation)",
+        "step = max(1, old.dilation // new.dilation)\n        start = (new.taps - step * (old.taps - 1)) // 2",
+        "tests/test_affine.py::test_sum_and_concat_place_kernels",
+    ),
+    Fault(
+        "the outputs of groups are interleaved",
+        "affine.py",
+        '"g o v u -> (g o) v u"',
+        '"g o v u -> (o g) v u"',
+        "tests/test_affine.py::test_grouped_pointwise_then_kernel_is_a_direct_sum_of_merges",
+    ),
+    Fault(
+        "the bias of the first map is lost",
+        "affine.py",
+        "then.constant_response(first.bias)",
+        "then.bias",
+        "tests/test_fold.py::test_layer[nested]",
+        "00",
+    ),
+    Fault(
+        "the batch norm's factor is rounded to float32",
+        "fold.py",
+        "gamma / torch.sqrt(var + norm.eps)",
+        "(gamma / torch.sqrt(var + norm.eps)).float().double()",
+        "tests/test_fold.py::test_layer[norm]",
+        "09",
+    ),
+    Fault(
+        "the identity is left out of the identity-based convolution",
+        "layers.py",
+        "return self.weight + eye",
+        "return self.weight + 0 * eye",
+        "tests/test_golden.py::test_float64[dbb_dense_s1]",
+    ),
+    Fault(
+        "the border in training mode carries a gradient",
+        "layers.py",
+        "torch.is_grad_enabled() and not self.training",
+        "torch.is_grad_enabled()",
+        "tests/test_golden.py::test_float64[dbb_dense_s2]",
+    ),
+    Fault(
+        "equivalence is asserted, whatever the error",
+        "verify.py",
+        "if not error <= rtol:",
+        "if False:",
+        "tests/test_verify.py::test_a_wrong_block_is_named[dtype0]",
+        "09",
+    ),
+    Fault(
+        "a model in training mode is folded",
+        "surgery.py",
+        "    if training:\n",
+        "    if False:\n",
+        "tests/test_surgery.py::test_training_mode_is_refused",
+        "09",
+    ),
+    Fault(
+        "a padded convolution behind a kernel with taps is folded anyway",
+        "affine.py",
+        "if padded > 0 and seen < a.reach:",
+        "if False:",
+        "tests/test_affine.py::test_refused[zeros would stand where its windows still touch]",
+        "03",
+    ),
+    Fault(
+        "the padding behind a stride is not stretched by it",
+        "affine.py",
+        "left=self.left + self.stride * second.left",
+        "left=self.left + second.left",
+        "tests/test_affine.py::test_sequence_with_a_padded_second_map",
+        "03",
+    ),
+    Fault(
+        "a stack of grouped maps keeps their groups",
+        "affine.py",
+        "maps = [m.regroup(1) for m in align(*maps)]",
+        "maps = align(*maps)",
+        "tests/test_affine.py::test_concat_of_grouped_maps_is_dense",
+        "04",
+    ),
+    Fault(
+        "a sum of grouped maps is dense",
+        "affine.py",
+        "groups = gcd(a.groups, b.groups)",
+        "groups = 1",
+        "tests/test_affine.py::test_sum_keeps_groups_in_common",
+    ),
+    Fault(
+        "a block takes branches of fewer groups than its own",
+        "blocks.py",
+        "if branches.groups % spec.groups:",
+        "if False:",
+        "tests/test_blocks.py::test_refused_when_it_is_built[groups=1, .* give every branch groups=4 or a multiple]",
+    ),
+    Fault(
+        "the bias of every branch but the first is lost",
+        "affine.py",
+        "bias=_add_biases(a.bias, b.bias), groups",
+        "bias=a.bias, groups",
+        "tests/test_affine.py::test_sum_and_concat_place_kernels",
+        "02",
+    ),
+    Fault(
+        "maps whose windows differ are added all the same",
+        "affine.py",
+        "if len(values) > 1:",
+        "if False:",
+        "tests/test_affine.py::test_refused[whose stride is \\(1, 1\\) and \\(2, 2\\)]",
+        "02",
+    ),
+]
+TAUGHT = [fault for fault in FAULTS if fault.notebook]
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[tuple[Fault | None, str], str]:
+    """What came of the named test and the notebook of each fault; under None, of all of them on a sound copy."""
+    sound = copy_package(tmp_path_factory.mktemp("sound"))
+    jobs = {(None, "tests"): [str(sound), sorted({fault.test for fault in FAULTS})]}
+    jobs |= {(None, fault.notebook): [str(sound), notebook(fault)] for fault in TAUGHT}
+    for fault in FAULTS:
+        folder = tmp_path_factory.mktemp("broken")
+        fault.plant(folder)
+        jobs[fault, "test"] = [str(folder), [fault.test]]
+        jobs |= {(fault, "notebook"): [str(folder), notebook(fault)]} if fault.notebook else {}
+    alike = sorted(jobs, key=lambda key: str(jobs[key][1]))  # so that both halves get as many of each notebook
+    halves = [alike[half::2] for half in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda keys: run([jobs[key] for key in keys]), halves)
+    return {key: answer for keys, found in zip(halves, answers) for key, answer in zip(keys, found)}
+
+
+def notebook(fault: Fault) -> str:
+    (path,) = (ROOT / "notebooks").glob(f"{fault.notebook}_*.ipynb")
+    return str(path)
+
+
+def run(jobs: list) -> list[str]:
+    """The verdicts of a process of `tests.broken`."""
+    command = [sys.executable, "-m", "tests.broken"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    done = subprocess.run(command, cwd=ROOT, env=env, input=json.dumps(jobs), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_there_are_enough_faults():
+    names = {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert len({fault.old for fault in FAULTS}) >= 8 and {fault.notebook for fault in TAUGHT} == names
+
+
+def test_all_passes_on_the_sound_library(verdicts):
+    assert {key: answer for (fault, key), answer in verdicts.items() if fault is None and answer != "OK"} == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_the_named_test_fails(fault, verdicts):
+    assert verdicts[fault, "test"] == "TESTS_FAILED", f"{fault.what}: {fault.test} did not notice"
+
+
+@pytest.mark.parametrize("fault", TAUGHT, ids=lambda fault: fault.what)
+def test_the_notebook_that_teaches_it_fails(fault, verdicts):
+    error = verdicts[fault, "notebook"]
+    assert error in ("AssertionError", "ValueError"), f"{fault.what}: notebook {fault.notebook} ended with {error}"

@@ -1,0 +1,411 @@
+"""The runner of the notebooks: what passes, what fails and how, what an interruption leaves behind. With tiny ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from nbformat.v4 import new_notebook
+
+from dbb import cli, pages, suite
+from dbb import notebook as nb
+from tests.tiny import FIGURE, code, light_package, write
+
+MEET = "import pathlib, time\npathlib.Path('{}').touch()\nwhile not pathlib.Path('{}').exists(): time.sleep(0.05)"
+ENVIRONMENT = """import json, os, sys
+names = ["OMP_NUM_THREADS", "DBB_NOTEBOOK", "HERE"]
+print(json.dumps([os.getcwd(), sys.executable, *(os.environ.get(name) for name in names)]))"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> suite.Project:
+    """One notebook for each way to end, in a folder whose name is hard on format strings."""
+    root = tmp_path_factory.mktemp("a {project} of its own")
+    write(
+        root,
+        "00_good",
+        "assert seed == 0",
+        "import math\nmath.isclose(1, 1)",
+        "def assert_it(): return 7",
+        "assert_it()",
+    )
+    write(root, "01_fails", "print('before')", "x = 1\nassert x == 2, 'x is one'", "print('never')")
+    write(root, "02_dies", "import os\nos._exit(3)")
+    write(root, "03_hangs", "import time\nif profile == 'quick': time.sleep(600)")
+    write(root, "04_leaves", "import sys\nsys.exit(0)", "assert True")
+    write(root, "09_skips", "assert True")
+    skipped = nb.read(root / "notebooks/09_skips.ipynb")
+    skipped.cells[2].metadata.tags = ["skip-execution"]
+    (root / "notebooks/09_skips.ipynb").write_text(nb.dump(skipped))
+    write(root, "05_nothing", parameters=None)
+    write(root, "06_figure", FIGURE.format(name="06-line", vector=False), FIGURE.format(name="06-lines", vector=True))
+    write(root, "07_where", ENVIRONMENT)
+    write(root, "10_one", MEET.format("one", "two"))
+    write(root, "11_two", MEET.format("two", "one"))
+    write(root, "12_package", "import dbb\nassert dbb.marker == 'light'")
+    write(root, "08_twice", *[FIGURE.format(name="08-line", vector=False)] * 2)
+    return suite.Project(root)
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """What the run prints."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory) -> dict[str, str]:
+    return {"PYTHONPATH": light_package(tmp_path_factory.mktemp("light"))}
+
+
+@pytest.fixture(scope="module")
+def outcomes(project, lines, light, tmp_path_factory) -> dict[str, suite.Outcome]:
+    """One run of all that have parameters, two at once; where others look for kernels there is a wrong one."""
+    names = [path.stem for path in suite.discover(project) if path.stem != "05_nothing"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", wrong_kernel(tmp_path_factory.mktemp("jupyter")))
+        done = suite.run(project, names, jobs=2, timeout=20, env=light | {"HERE": "yes"}, say=lines.append)
+    return {outcome.notebook: outcome for outcome in done}
+
+
+def wrong_kernel(folder: Path) -> str:
+    spec = {"argv": ["false", "{connection_file}"], "display_name": "wrong", "language": "python"}
+    (folder / "kernels/python3").mkdir(parents=True)
+    (folder / "kernels/python3/kernel.json").write_text(json.dumps(spec))
+    return str(folder)
+
+
+def text_of(project: suite.Project, name: str) -> str:
+    return "".join(out.text for c in nb.code_cells(executed(project, name)) for out in c.outputs if "text" in out)
+
+
+def executed(project: suite.Project, name: str):
+    return nb.read(project.build / "notebooks" / f"{name}.ipynb")
+
+
+# How a notebook ends.
+
+
+def test_a_good_one_passes(outcomes):
+    good = outcomes["00_good"]
+    assert (good.error, good.status, good.title, good.profile) == (None, "ok", "About 00_good", "quick")
+    assert (good.cells, good.checks) == (5, 2)  # one assert, one call of assert_it; its definition checks nothing
+
+
+def test_a_failing_cell_is_named_with_its_error(outcomes, project):
+    error = outcomes["01_fails"].error
+    assert (error.cell, error.name, error.message) == (3, "AssertionError", "x is one")
+    assert any("assert x == 2" in line for line in error.traceback) and "\x1b" not in "".join(error.traceback)
+    assert "01_fails failed in cell 3: AssertionError: x is one" in suite.complaint(outcomes["01_fails"])
+    assert "before" in text_of(project, "01_fails") and "never" not in text_of(project, "01_fails")
+
+
+@pytest.mark.parametrize("name, error", [("02_dies", "DeadKernelError"), ("03_hangs", "CellTimeoutError")])
+def test_a_kernel_that_dies_or_hangs_is_named_and_the_notebook_shows_it(outcomes, project, name, error):
+    failure = outcomes[name].error
+    assert (failure.cell, failure.name) == (2, error)
+    assert [out.ename for c in nb.code_cells(executed(project, name)) for out in c.outputs if "ename" in out] == [error]
+
+
+def test_a_notebook_that_leaves_early_has_not_passed(outcomes):
+    assert str(outcomes["04_leaves"].error) == "cell 2: SystemExit: 0"
+
+
+def test_a_cell_that_did_not_run_fails(outcomes):
+    assert str(outcomes["09_skips"].error) == "cell 2: NotExecuted: 1 of 2 code cells did not run"
+
+
+def test_a_notebook_without_parameters_is_refused(project):
+    with pytest.raises(ValueError, match=r"05_nothing has 0 cells tagged `parameters`, it needs exactly one"):
+        suite.run(project, ["nothing"])
+
+
+def test_a_run_that_does_nothing_fails(project):
+    assert suite._failure([], None).name == "NothingToRun"
+    with pytest.raises(ValueError, match=r"no notebooks in .*they are named NN_name"):
+        suite.discover(suite.Project(project.root / "notebooks"))
+
+
+def test_the_same_figure_twice_fails(outcomes):
+    assert "08-line.png is drawn twice" in outcomes["08_twice"].error.message
+
+
+def test_it_runs_in_its_folder_with_this_python_and_its_share_of_the_cores(outcomes, project):
+    cwd, python, threads, name, here = json.loads(text_of(project, "07_where"))
+    assert Path(cwd) == project.notebooks and Path(python) == Path(sys.executable)
+    assert (name, here) == ("07_where", "yes")
+    assert int(threads) == max(1, suite.cores() // 2)
+
+
+def test_progress_is_told_as_each_ends(outcomes, lines):
+    assert len(lines) == len(outcomes)
+    assert [line.partition(" ")[0] for line in lines] == [f"[{n}/{len(lines)}]" for n in range(1, len(lines) + 1)]
+    assert sum("ok" in line for line in lines) == sum(outcome.error is None for outcome in outcomes.values())
+
+
+def test_the_table_has_a_line_for_each_and_a_sum(outcomes):
+    rows = suite.table(list(outcomes.values())).split("\n")
+    assert len(rows) == len(outcomes) + 2 and rows[-1].startswith(f"{len(outcomes)} run, 6 failed, ")
+
+
+def test_what_was_run_is_remembered(outcomes, project):
+    assert suite.last_outcome(project.build, "01_fails") == outcomes["01_fails"]
+    assert suite.last_outcome(project.build, "06_figure") == outcomes["06_figure"]
+    assert suite.last_outcome(project.build, "05_nothing") is None
+
+
+def test_nothing_else_is_left_in_the_build_folder(outcomes, project):
+    assert {path.name for path in project.build.iterdir()} <= {"notebooks", "figures", "report"}
+    assert {path.suffix for path in (project.build / "notebooks").iterdir()} == {".ipynb", ".json"}
+
+
+def test_two_run_at_once(outcomes):
+    assert [outcomes[name].error for name in ("10_one", "11_two")] == [None, None]  # each waits for the other
+
+
+def test_the_package_is_found_by_the_usual_rules(outcomes):
+    """PYTHONPATH wins over what is installed: this is how a broken copy of the library is put to the test."""
+    assert outcomes["12_package"].error is None
+
+
+# What may be asked for.
+
+
+@pytest.mark.parametrize(
+    "name, found", [("1", "01_fails"), ("01", "01_fails"), ("fig", "06_figure"), ("00_good.ipynb", "00_good")]
+)
+def test_notebooks_are_named_by_number_or_part(project, name, found):
+    assert [path.stem for path in suite.select(suite.discover(project), [name])] == [found]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"names": ["nope"]}, "no notebook 'nope'; there are 00_good, "),
+        ({"names": ["77"]}, "no notebook '77'"),
+        ({"names": ["good"], "profile": "huge"}, "no profile 'huge'; there are quick, gpu, paper"),
+        ({"names": ["good"], "settings": {"sed": 1}}, "00_good has no parameter 'sed'; it has profile, seed"),
+        ({"names": ["good"], "jobs": 0}, "jobs=0 must be 1 or more"),
+    ],
+)
+def test_unknown_names_profiles_and_parameters_are_refused(project, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        suite.run(project, **arguments)
+
+
+def test_settings_are_literals_or_plain_strings():
+    assert suite.parse_settings(["seed=3", "lr=1e-3", "device=cuda", "sizes=[1, 2]", "name='a=b'"]) == {
+        "seed": 3, "lr": 1e-3, "device": "cuda", "sizes": [1, 2], "name": "a=b",
+    }  # fmt: skip
+    for wrong in ("seed", "=3", "a b=3"):
+        with pytest.raises(ValueError, match="must be key=value"):
+            suite.parse_settings([wrong])
+
+
+def test_parameters_reach_the_notebook(tmp_path):
+    write(tmp_path, "00_told", "print(profile, seed)\nassert (profile, seed) == ('gpu', 5)")
+    (done,) = suite.run(suite.Project(tmp_path), [], "gpu", {"seed": 5}, say=str)
+    assert (done.error, done.cells, done.profile) == (None, 2, "gpu")
+
+
+@pytest.mark.parametrize(
+    "source", ["seed = 1 + 1", "seed = f()", "import os", "a = b = 1", "seed: int", "(a, b) = 1, 2"]
+)
+def test_parameters_are_plain_literals(tmp_path, source):
+    path = write(tmp_path, "00_odd", parameters=source)
+    with pytest.raises(ValueError, match="must be lines `name = literal`"):
+        nb.parameters(nb.read(path), path.stem)
+
+
+def test_off_the_network(tmp_path, offline):
+    """The guard under which the real notebooks run refuses what they must not do, and nothing else."""
+    write(tmp_path, "00_address", "import socket\nsocket.socket().connect(('192.0.2.1', 80))")
+    write(tmp_path, "01_name", "import urllib.request\nurllib.request.urlopen('http://example.org', timeout=5)")
+    write(tmp_path, "02_self", "import socket\nserver = socket.create_server(('127.0.0.1', 0))\n"
+          "socket.create_connection(server.getsockname()).close()\nassert True")  # fmt: skip
+    address, name, own = suite.run(suite.Project(tmp_path), env=offline, say=str)
+    assert "offline: socket.connect to 192.0.2.1 is refused" in address.error.message
+    assert "offline: socket.getaddrinfo to example.org is refused" in name.error.message
+    assert own.error is None, suite.complaint(own)
+
+
+# Interruption.
+
+
+def interrupt(tmp_path: Path, env: dict[str, str], number: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """Start `dbb run`, wait until a cell is at work, send `number`; return the process and all that it had started."""
+    write(tmp_path, "00_slow", "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(600)")
+    command = [sys.executable, "-m", "dbb.cli", "run", "--jobs", "1"]
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "notebooks/started").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel_launcher" in child.cmdline() for child in children)
+    process.send_signal(number)
+    return process, children
+
+
+def test_ctrl_c_leaves_no_kernel_and_no_half_written_notebook(tmp_path, light):
+    process, children = interrupt(tmp_path, light, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().endswith("dbb: interrupted; notebooks that had not ended are as they were")
+    assert "Traceback" not in err
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert [path.name for path in (tmp_path / "build").rglob("*")] == []
+
+
+def test_a_killed_run_leaves_no_kernel(tmp_path, light):
+    process, children = interrupt(tmp_path, light, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert not (tmp_path / "build/notebooks").exists()
+
+
+# Normalised for committing.
+
+
+def test_normalising_again_changes_nothing(outcomes, project):
+    for name in ("00_good", "06_figure", "07_where"):
+        once = nb.normalise(executed(project, name), project.root)
+        assert nb.dump(nb.normalise(once, project.root)) == nb.dump(once)
+
+
+def test_normalising_keeps_what_counts_and_drops_the_rest(project):
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": f"in {project.root}/data\n"},
+        {"output_type": "stream", "name": "stderr", "text": "UserWarning: careful\n"},
+        {"output_type": "stream", "name": "stdout", "text": " 10%\r100%\ndone <f at 0x7f12345678>\n"},
+        {"output_type": "execute_result", "execution_count": 9, "metadata": {}, "data": {"text/plain": "7"}},
+    ]
+    cell = code("f()", "nbval-check-output", papermill={"duration": 1.0}, jupyter={"source_hidden": True})
+    cell |= {"execution_count": 9, "outputs": [type(cell)(output) for output in outputs]}
+    book = new_notebook(cells=[code("seed = 1", "injected-parameters"), cell], metadata={"papermill": {"x": 1}})
+    book.metadata["language_info"] = {"name": "python", "version": "3.12.1"}
+    (normal,) = nb.normalise(book, project.root).cells
+    assert normal.metadata == {"tags": ["nbval-check-output"], "jupyter": {"source_hidden": True}}
+    assert (normal.id, normal.source, normal.execution_count) == (cell.id, "f()", 1)
+    assert [out.get("text") for out in normal.outputs] == ["in ./data\ndone <f at 0x...>\n", None]
+    assert normal.outputs[1].execution_count == 1
+    assert "papermill" not in (text := nb.dump(nb.normalise(book, project.root))) and "3.12.1" not in text
+
+
+def test_update_writes_outputs_back_once(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, "00_kept", "print('hello')", "assert True")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--update"]) == 0
+    assert "outputs updated: 00_kept" in capsys.readouterr().out
+    first = path.read_bytes()
+    assert b"hello" in first and [c.execution_count for c in nb.code_cells(nb.read(path))] == [1, 2, 3]
+    assert cli.main(["run", "--update"]) == 0
+    assert path.read_bytes() == first and "none changed" in capsys.readouterr().out
+
+
+def test_update_does_not_overwrite_what_was_edited_meanwhile(tmp_path):
+    path = write(tmp_path, "00_edited", "assert True")
+    project = suite.Project(tmp_path)
+    done = suite.run(project, say=str)
+    write(tmp_path, "00_edited", "assert 1 == 1")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="00_edited was edited while it ran"):
+        suite.update(project, done)
+    assert path.read_bytes() == before
+
+
+def test_update_leaves_a_failed_notebook_alone(outcomes, project):
+    before = (project.notebooks / "01_fails.ipynb").read_bytes()
+    assert suite.update(project, [outcomes["01_fails"]]) == []
+    assert (project.notebooks / "01_fails.ipynb").read_bytes() == before
+
+
+# The report.
+
+
+@pytest.fixture(scope="module")
+def report(outcomes, project) -> Path:
+    return pages.write(project)
+
+
+def test_the_report_has_a_row_and_a_page_for_each(report, outcomes):
+    index = report.read_text()
+    for name, outcome in outcomes.items():
+        assert f'href="{name}.html">{name[:2]} About {name}' in index
+        assert f"About {name}" in (page := (report.parent / f"{name}.html").read_text())
+        assert outcome.error is None or f"Failed in {outcome.error}"[:30] in page
+    assert "05_nothing" in index and "not run yet" in index
+
+
+def test_the_report_asks_nothing_of_the_network(report):
+    for page in report.parent.glob("*.html"):
+        text = page.read_text()
+        assert "<script" not in text and "<link" not in text and 'src="http' not in text, page.name
+
+
+@pytest.mark.parametrize(
+    "formula", [r"W' = \frac{\gamma}{\sigma} W", r"\begin{aligned} a &= b \\ c &= d \end{aligned}", r"a < b"]
+)
+def test_formulas_are_drawn_by_the_browser(formula):
+    drawn = pages.mathml(formula, block=True)
+    assert drawn.startswith("<math") and 'display="block"' in drawn and "<mi>&</mi>" not in drawn
+
+
+def test_a_formula_that_cannot_be_drawn_is_shown_as_written():
+    assert pages.mathml(r"\left( a < b") == "<code>\\left( a &lt; b</code>"
+
+
+# The command line.
+
+
+def test_a_failed_notebook_fails_the_command(project, monkeypatch, capsys):
+    monkeypatch.chdir(project.root)
+    assert cli.main(["run", "good", "fails"]) == 1
+    shown = capsys.readouterr()
+    assert "01_fails failed in cell 3: AssertionError: x is one" in shown.err
+    assert "2 run, 1 failed" in shown.out and "build/report/index.html" in shown.out
+
+
+def test_a_wrong_call_is_answered_in_one_line(project, light):
+    command = [sys.executable, "-m", "dbb.cli", "run", "nope"]
+    done = subprocess.run(command, cwd=project.root, env=os.environ | light, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.split("\n") if line] == [
+        f"dbb: no notebook 'nope'; there are {', '.join(path.stem for path in suite.discover(project))}"
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--update", "--profile", "gpu"], ["--update", "--set", "seed=1"]])
+def test_only_the_quick_profile_as_it_is_gets_committed(project, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(project.root)
+    assert cli.main(["run", *arguments]) == 2
+    assert "--update keeps the outputs of the quick profile" in capsys.readouterr().err
+
+
+def test_list_names_them_and_their_last_run(outcomes, project, monkeypatch, capsys):
+    monkeypatch.chdir(project.notebooks)
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert "00_good" in shown and "About 00_good" in shown and "FAILED" in shown and "never run here" in shown
+
+
+def test_help_teaches_by_example(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "--help"])
+    assert "dbb run verify --set seed=3" in capsys.readouterr().out
