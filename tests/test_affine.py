@@ -310,7 +310,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("message", REFUSED, ids=lambda pattern: pattern.replace("\\", ""))
 def test_refused(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()

@@ -199,18 +199,37 @@ def test_the_manifest_lists_the_figures_and_nothing_else():
 
 
 def assert_same_picture(drawn: Path, committed: Path, rounding: bool = False) -> None:
-    """Equal to the byte or, as other processors round differently, all but equal in every pixel.
+    """Equal to the byte or, as other processors round differently, all but equal: every pixel, every coordinate.
 
     Of a picture of rounding errors only the greater part must be equal.
     """
     if drawn.read_bytes() == committed.read_bytes():
         return
-    assert drawn.suffix == ".png", f"{drawn.name} differs"
+    if drawn.suffix == ".svg":
+        assert_same_drawing(drawn.read_text(encoding="utf-8"), committed.read_text(encoding="utf-8"))
+        return
     new, old = (np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in (drawn, committed))
     assert new.shape == old.shape
     off = np.abs(new - old).max(axis=-1)
     share, mean = (0.5, 50) if rounding else (0.002, 0.5)
     assert (off > 16).mean() < share and off.mean() < mean, f"{drawn.name}: {(off > 16).mean():.2%} of pixels differ"
+
+
+def assert_same_drawing(drawn: str, committed: str) -> None:
+    """The same elements and words in the same order, at coordinates that differ by less than an eye can see."""
+    number = re.compile(r"-?\d+\.\d+")
+    assert number.sub("#", drawn) == number.sub("#", committed), "the drawings have other elements"
+    pairs = zip(number.findall(drawn), number.findall(committed))
+    assert max((abs(float(new) - float(old)) for new, old in pairs), default=0) < 0.05, "the drawings have other places"
+
+
+@pytest.mark.parametrize("other, message", [("M 1.51 2.0", None), ("M 1.7 2.0", "places"), ("L 1.5 2.0", "elements")])
+def test_drawings_are_compared(other, message):
+    if message is None:
+        assert_same_drawing("<path d='M 1.5 2.0'/>", f"<path d='{other}'/>")
+    else:
+        with pytest.raises(AssertionError, match=f"other {message}"):
+            assert_same_drawing("<path d='M 1.5 2.0'/>", f"<path d='{other}'/>")
 
 
 @pytest.mark.parametrize("pixels, rounding, same", [(1, False, True), (400, False, False), (400, True, True)])

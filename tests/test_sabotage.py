@@ -206,7 +206,7 @@ FAULTS = [
         "affine.py",
         "if len(values) > 1:",
         "if False:",
-        "tests/test_affine.py::test_refused[whose stride is \\(1, 1\\) and \\(2, 2\\)]",
+        "tests/test_affine.py::test_refused[whose stride is (1, 1) and (2, 2)]",
         "02",
     ),
 ]
