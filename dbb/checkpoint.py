@@ -15,6 +15,36 @@ from dbb.recipes import TrainingRecipe
 from dbb.surgery import reparameterize
 
 FORMS = ("training", "folded")
+# The authors' names for our parts.
+REFERENCE_PARTS = {
+    "dbb_origin": "kxk",
+    "dbb_1x1": "1x1",
+    "dbb_1x1_kxk.idconv1": "1x1_kxk.pointwise.prefix.conv",
+    "dbb_1x1_kxk.conv1": "1x1_kxk.pointwise.prefix.conv",
+    "dbb_1x1_kxk.bn1.bn": "1x1_kxk.pointwise.prefix.bn",
+    "dbb_1x1_kxk.conv2": "1x1_kxk.conv",
+    "dbb_1x1_kxk.bn2": "1x1_kxk.bn",
+    "dbb_avg.conv": "1x1_avg.pointwise.prefix.conv",
+    "dbb_avg.bn.bn": "1x1_avg.pointwise.prefix.bn",
+    "dbb_avg.avgbn": "1x1_avg.bn",
+    "square_conv": "kxk.conv",
+    "square_bn": "kxk.bn",
+    "ver_conv": "kx1.conv",
+    "ver_bn": "kx1.bn",
+    "hor_conv": "1xk.conv",
+    "hor_bn": "1xk.bn",
+}
+
+
+def from_reference(name: str) -> str:
+    """Our name of what the authors' code calls `name`: a parameter or buffer of a block in training form.
+
+    Raises ValueError for a name that their blocks do not have.
+    """
+    for theirs, ours in REFERENCE_PARTS.items():
+        if name.startswith(f"{theirs}."):
+            return f"branches.{ours}{name.removeprefix(theirs)}"
+    raise ValueError(f"{name!r} is no tensor of the authors' blocks: they have {', '.join(REFERENCE_PARTS)}")
 
 
 def form_of(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """The command `dbb`: thin, every line of work is in the package."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ examples:
   dbb train digits --block dbb           train a recipe, in seconds on a CPU; again: go on, or say what came of it
   dbb train cifar10_vgg16 --block dbb --device cuda --precision bfloat16 --set epochs=100
   dbb eval build/runs/digits-dbb-0/model.safetensors
+  dbb reproduce --list                   the runs behind the recorded numbers, done and pending
+  dbb reproduce --budget 9m              do the next ones that this machine can, for nine minutes
 
 Executed notebooks go to build/notebooks/, a report to read goes to build/report/index.html.
 """
@@ -30,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"dbb: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("dbb: interrupted; notebooks that had not ended are as they were", file=sys.stderr)
         return 130
@@ -56,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--root", default="data/cache", help="where downloads are kept (default data/cache)")
     score.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     score.set_defaults(action=_eval)
+    again = commands.add_parser("reproduce", help="do the next runs of the matrix, or list them", **layout)
+    again.add_argument("--list", action="store_true", help="only list them: done, pending, and what they wait for")
+    again.add_argument("--budget", default="9m", metavar="TIME", help="as 90s, 9m (default) or 2h; then stop cleanly")
+    again.add_argument("--select", default="", metavar="TEXT", help="only runs with this in their name")
+    again.add_argument(
+        "--jobs", type=int, metavar="N", help="how many at once (default: one a core, or what a GPU holds)"
+    )
+    again.add_argument("--results", type=Path, default=Path("data/results"), help="where records are kept")
+    again.add_argument("--root", type=Path, default=Path("data/cache"), help="where data sets are kept")
+    again.set_defaults(action=_reproduce)
     commands.add_parser("list", help="list the notebooks and when each last ran").set_defaults(action=_list)
     return parser
 
@@ -109,11 +125,30 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from dbb.train import score
+    from dbb.train import Hardware, TrainingError, score
 
-    for form, accuracy in score(options.checkpoint, options.data, options.root, options.device).items():
+    try:
+        scores = score(options.checkpoint, options.data, options.root, Hardware(options.device))
+    except TrainingError as error:
+        print(f"dbb: {error}", file=sys.stderr)
+        return 1
+    for form, accuracy in scores.items():
         _say(f"{form}: test accuracy {accuracy:.2%}")
     return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from dbb import matrix
+
+    runs = matrix.all_runs(options.select)
+    if options.list:
+        for line in matrix.listing(runs, options.results, options.root):
+            _say(line)
+        return 0
+    budget = matrix.seconds(options.budget)
+    ended = matrix.reproduce(runs, budget, options.results, options.root, options.jobs, _say)
+    _say(", ".join(f"{len(names)} {end}" for end, names in ended.items()))
+    return 1 if ended["failed"] else 0
 
 
 def _run(options: argparse.Namespace) -> int:

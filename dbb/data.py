@@ -1,4 +1,4 @@
-"""Data sets and batches.
+"""Data sets, and batches of those that fit into memory (see `dbb.imagenet` for those that do not).
 
 Small sets live in memory as uint8, on the device, and are augmented there, a batch at a time. What is drawn at random
 follows from (seed, epoch, step) alone, so a run that was interrupted goes on as if it never had been, and two processes
@@ -18,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dbb.imagenet import ImageFiles
+from dbb.sampling import check_batches, evenly, generator, order_of
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEST_FOLDERS = ("test", "val")
+REACH = {"none": 0, "shift": 1, "crop_flip": 4}  # pixels to each side by which an augmentation moves an image
 DIGITS_FOR_TRAINING = 1400  # of 1797, in their order: the rest was written by other people
 
 
@@ -45,11 +49,7 @@ class ImageSet:
 
     def first_of_each_class(self, number: int) -> ImageSet:
         """`number` images in all, as many of each class, the first ones. Raises ValueError where there are too few."""
-        share = number // len(self.classes)
-        places = [(self.labels == label).nonzero()[:share, 0] for label in range(len(self.classes))]
-        if share == 0 or min(map(len, places)) < share:
-            raise ValueError(f"{number} images, {share} a class, are asked of {self.name}, which has {len(self)}")
-        kept = torch.cat(places).sort().values
+        kept = evenly(self, number)
         return replace(self, images=self.images[kept], labels=self.labels[kept])
 
     def fingerprint(self) -> str:
@@ -66,20 +66,33 @@ class ImageSet:
         mean = counts @ values / pixels.shape[1]
         return mean.float(), (counts @ values.square() / pixels.shape[1] - mean.square()).sqrt().float()
 
+    def batches(self, batch_size: int, device: str = "cpu", size: int = 0, workers: int = 0, **options) -> Batches:
+        """`Batches` of it on that device; `size` and `workers` are for images that are not in memory."""
+        return Batches(self.to(device), batch_size, **options)
 
-def load(data: str | Path, root: str | Path = "data/cache") -> tuple[ImageSet, ImageSet]:
+
+Images = ImageSet | ImageFiles
+
+
+def load(data: str | Path, root: str | Path = "data/cache", streamed: bool = False) -> tuple[Images, Images]:
     """The training and the test images of "digits", "cifar10", "cifar100", or of an image folder.
 
-    root: where torchvision keeps (or puts) its downloads
-    A folder has `train/CLASS/*.jpg` and `test/` or `val/` alike; a name for it may be given as "NAME=PATH".
+    data: of a folder its path, "NAME=PATH", or its name where it lies in `root`, as "imagenet" does
+    root: where torchvision keeps (or puts) its downloads, and where folders are looked for
+    streamed: leave the images of a folder on disk, see `dbb.imagenet`
+
+    A folder has `train/CLASS/*.jpg` and `test/` or `val/` alike.
     Raises ValueError where the data is missing or broken, and says what to do.
     """
     if data == "digits":
         return _digits()
     if data in ("cifar10", "cifar100"):
         return _cifar(data, Path(root))
-    name, _, path = str(data).rpartition("=")
-    return _folder(name or Path(path).name, Path(path).expanduser())
+    name, _, place = str(data).rpartition("=")
+    path = Path(place).expanduser()
+    if path.name == place and not path.exists():
+        path = Path(root) / place
+    return _folder(name or path.name, path, streamed)
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +125,7 @@ def _cifar(name: str, root: Path) -> tuple[ImageSet, ImageSet]:
 
 
 @lru_cache(maxsize=2)
-def _folder(name: str, path: Path) -> tuple[ImageSet, ImageSet]:
+def _folder(name: str, path: Path, streamed: bool) -> tuple[Images, Images]:
     tests = [path / test for test in TEST_FOLDERS if (path / test).is_dir()]
     if not (path / "train").is_dir() or not tests:
         raise ValueError(
@@ -121,15 +134,16 @@ def _folder(name: str, path: Path) -> tuple[ImageSet, ImageSet]:
     classes = _classes(path / "train")
     if _classes(tests[0]) != classes:
         raise ValueError(f"{tests[0]} and {path / 'train'} have other classes: make them the same")
-    return tuple(_decoded(name, folder, classes) for folder in (path / "train", tests[0]))
+    read = _listed if streamed else _decoded
+    return tuple(read(name, folder, classes) for folder in (path / "train", tests[0]))
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
 
 
-def _decoded(name: str, folder: Path, classes: tuple[str, ...]) -> ImageSet:
-    """Read all images of a folder into memory; names those that are broken or of another size."""
+def _listed(name: str, folder: Path, classes: tuple[str, ...]) -> ImageFiles:
+    """The image files of a folder, with the number of their class."""
     files = [
         (file, label)
         for label, of_class in enumerate(classes)
@@ -138,18 +152,25 @@ def _decoded(name: str, folder: Path, classes: tuple[str, ...]) -> ImageSet:
     ]
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)})")
+    paths, labels = zip(*files)
+    return ImageFiles(name, folder, paths, torch.tensor(labels), classes)
+
+
+def _decoded(name: str, folder: Path, classes: tuple[str, ...]) -> ImageSet:
+    """Read all images of a folder into memory; names those that are broken or of another size."""
+    listed = _listed(name, folder, classes)
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda item: _decode(item[0]), files, chunksize=256))
-    broken = [str(file) for (file, _), image in zip(files, images) if image is None]
+        images = list(pool.map(_decode, listed.files, chunksize=256))
+    broken = [str(file) for file, image in zip(listed.files, images) if image is None]
     if broken:
         raise ValueError(f"{len(broken)} broken image files: {', '.join(broken[:5])}: mend or remove them")
-    odd = [str(file) for (file, _), image in zip(files, images) if image.shape != images[0].shape]
+    odd = [str(file) for file, image in zip(listed.files, images) if image.shape != images[0].shape]
     if odd:
         raise ValueError(
-            f"images of one size are needed, and {odd[0]} is not {tuple(images[0].shape[1:])} as {files[0][0]}: resize "
-            f"them, or use an augmentation that does (imagenet)"
+            f"images of one size are needed, and {odd[0]} is not {tuple(images[0].shape[1:])} as {listed.files[0]}: "
+            f"resize them, or use an augmentation that does (imagenet)"
         )
-    return ImageSet(name, torch.stack(images), torch.tensor([label for _, label in files]), classes)
+    return ImageSet(name, torch.stack(images), listed.labels, classes)
 
 
 def _decode(file: Path) -> Tensor | None:
@@ -187,12 +208,11 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if train and len(data) < batch_size:
+        check_batches(data, batch_size, train, world)
+        if augmentation not in REACH:
             raise ValueError(
-                f"batch_size={batch_size} is more than the {len(data)} images of {data.name}: make it less"
+                f"augmentation={augmentation!r} is for images on disk, {data.name} is in memory: use {', '.join(REACH)}"
             )
-        if batch_size % world:
-            raise ValueError(f"batch_size={batch_size} must be divisible by the number of processes, {world}")
         self.data, self.batch_size, self.train, self.augmentation = data, batch_size, train, augmentation
         self.seed, self.rank, self.world = seed, rank, world
         self.scale = (1 / (255 * std)).to(data.images.device)[:, None, None]
@@ -204,10 +224,7 @@ class Batches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images "n c h w" and labels "n" from batch `start` of that epoch on."""
-        order = torch.arange(len(self.data))
-        if self.train:
-            order = torch.randperm(len(self.data), generator=generator(self.seed, epoch))
-        order = order.to(self.data.images.device)
+        order = order_of(len(self.data), self.train, self.seed, epoch).to(self.data.images.device)
         for step in range(start, len(self)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             draws = self._draw(len(chosen), epoch, step)
@@ -219,7 +236,7 @@ class Batches:
 
     def _draw(self, number: int, epoch: int, step: int) -> dict[str, Tensor]:
         """What augmentation leaves to chance, for the whole batch: from the seed, the epoch and the step alone."""
-        reach = {"none": 0, "shift": 1, "crop_flip": 4}[self.augmentation] if self.train else 0
+        reach = REACH[self.augmentation] if self.train else 0
         if not reach:
             return {}
         dice = generator(self.seed, epoch, step)
@@ -231,7 +248,7 @@ class Batches:
     def _images(self, chosen: Tensor, draws: dict[str, Tensor]) -> Tensor:
         images = self.data.images[chosen]
         if draws:
-            images = shifted(images, draws["top"], draws["left"], reach=4 if "mirror" in draws else 1)
+            images = shifted(images, draws["top"], draws["left"], REACH[self.augmentation])
         if "mirror" in draws:
             images = torch.where(draws["mirror"][:, None, None, None], images.flip(3), images)
         return images * self.scale + self.shift
@@ -246,9 +263,3 @@ def shifted(images: Tensor, top: Tensor, left: Tensor, reach: int) -> Tensor:
     number = torch.arange(len(images), device=top.device)[:, None, None, None]
     channel = torch.arange(images.shape[1], device=top.device)[None, :, None, None]
     return padded[number, channel, rows, columns]
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """Random numbers that depend on all of `numbers`, and on nothing else."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -22,6 +22,8 @@ class TrainingRecipe:
     lr: at the start of a cosine that ends at zero, stepped by iteration
     warmup_epochs: in which lr rises from zero, before the cosine
     decay: "by_type" spares norms and biases; "authors" is the rule of the authors' code (see `dbb.train`)
+    image_size: pixels of the crops that "imagenet" augmentations make
+    test_every: epochs from one test to the next; the last epoch is always tested
     train_images: how many of the training images are used, evenly from each class; None for all
     ema: decay per step of an average of the weights that is evaluated instead of them; None for none
 
@@ -44,12 +46,14 @@ class TrainingRecipe:
     label_smoothing: float = 0.0
     ema: float | None = None
     augmentation: str = "crop_flip"
+    image_size: int = 224
+    test_every: int = 1
     train_images: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        for name in ("epochs", "batch_size", "lr"):
+        for name in ("epochs", "batch_size", "lr", "image_size", "test_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
         for name, known in (("augmentation", AUGMENTATIONS), ("decay", DECAY_RULES)):
@@ -57,6 +61,11 @@ class TrainingRecipe:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(known)}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images stay on disk (see `dbb.imagenet`)."""
+        return self.augmentation.startswith("imagenet")
 
     def with_changes(self, **changes) -> TrainingRecipe:
         """This recipe with other values. Raises ValueError for a name that no recipe has."""
@@ -98,8 +107,8 @@ _ALL = [
     ),
     # Ours: the experiment that decides at small scale, minutes on two cores.
     TrainingRecipe(
-        "cifar10_small", "small_resnet", "cifar10", epochs=15, batch_size=128, lr=0.1, weight_decay=5e-4,
-        warmup_epochs=1, model_options={"width": 12}, train_images=10_000,
+        "cifar10_small", "small_resnet", "cifar10", epochs=12, batch_size=128, lr=0.1, weight_decay=5e-4,
+        warmup_epochs=1, model_options={"width": 8}, train_images=5_000, test_every=4,
     ),
     # Ours: the paper's network at a quarter of its width.
     TrainingRecipe(

@@ -19,7 +19,7 @@ RUNS = "runs.jsonl"
 def record(trainer: Trainer, folded_accuracy: float) -> dict:
     """What a finished run was, on what, and what came of it.
 
-    seconds and images_per_second count training and testing, over all sittings; accuracies are shares of 1.
+    seconds and images_per_second count training, without testing, over all sittings; accuracies are shares of 1.
     """
     recipe, state = trainer.recipe, trainer.state
     return {
@@ -34,6 +34,7 @@ def record(trainer: Trainer, folded_accuracy: float) -> dict:
         "images_per_second": round(recipe.epochs * len(trainer.batches) * recipe.batch_size / state.seconds, 1),
         "peak_memory_mib": _peak_memory(trainer.hardware.device),
         "processes": trainer.world,
+        "device": torch.device(trainer.hardware.device).type,
         "hardware": hardware(trainer.hardware.device),
         "settings": {name: getattr(trainer.hardware, name) for name in ("precision", "channels_last", "compile")},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "dbb": dbb.__version__},

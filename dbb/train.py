@@ -25,13 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dbb.data import Batches, ImageSet, generator, load
+from dbb.data import Batches, Images, load
 from dbb.figures import write_atomically
+from dbb.imagenet import FileBatches
 from dbb.models import build_model
 from dbb.recipes import TrainingRecipe
+from dbb.sampling import generator
 from dbb.surgery import reparameterize
 
 RESUME, METRICS, MODEL, RECORD = "resume.pt", "metrics.jsonl", "model.safetensors", "record.json"
+TEST_BATCH = 256  # a process
+FORMS_AGREE = 1e-3  # in accuracy: rounding may tip an image that stands between two classes
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -49,6 +53,7 @@ class Hardware:
 
     precision: "float32", or "bfloat16" by autocast
     accumulate: in how many pieces a batch goes through the model
+    workers: processes that decode images which are not in memory; below 0 for one a core, at most 8
     save_seconds: how often at least the state is saved, besides the end of each epoch
     """
 
@@ -57,6 +62,7 @@ class Hardware:
     channels_last: bool = False
     compile: bool = False
     accumulate: int = 1
+    workers: int = -1
     save_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -70,6 +76,15 @@ class Hardware:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={self.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
+    def autocast(self) -> torch.autocast:
+        """The precision, as a context for a forward pass."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """The images in the memory layout of the model."""
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
 
 @dataclass
 class State:
@@ -78,7 +93,7 @@ class State:
     epoch: int = 0
     step: int = 0
     loss: float = 0.0  # summed over the steps of this epoch
-    seconds: float = 0.0  # of training and testing, over all sittings
+    seconds: float = 0.0  # of training, without testing, over all sittings
     history: list[dict] = field(default_factory=list)
 
 
@@ -97,8 +112,8 @@ class Trainer:
     def __init__(
         self,
         recipe: TrainingRecipe,
-        train_images: ImageSet,
-        test_images: ImageSet,
+        train_images: Images,
+        test_images: Images,
         folder: Path | None = None,
         hardware: Hardware | None = None,
         synchronise: Callable[[nn.Module], nn.Module] | None = None,
@@ -118,11 +133,12 @@ class Trainer:
 
     def _make_batches(self) -> None:
         mean, std = self.train_images.mean_and_std()
-        device, recipe = self.hardware.device, self.recipe
+        recipe, hardware = self.recipe, self.hardware
         share = {"mean": mean, "std": std, "rank": self.rank, "world": self.world}
+        share |= {"device": hardware.device, "size": recipe.image_size, "workers": hardware.workers}
         shuffled = {"train": True, "augmentation": recipe.augmentation, "seed": recipe.seed}
-        self.batches = Batches(self.train_images.to(device), recipe.batch_size, **shuffled, **share)
-        self.tests = Batches(self.test_images.to(device), 500 * self.world, **share)
+        self.batches = self.train_images.batches(recipe.batch_size, **shuffled, **share)
+        self.tests = self.test_images.batches(TEST_BATCH * self.world, **share)
 
     def _make_model(self, synchronise: Callable[[nn.Module], nn.Module] | None) -> None:
         recipe, hardware = self.recipe, self.hardware
@@ -155,10 +171,23 @@ class Trainer:
 
         Raises TrainingStoppedError after SIGTERM, with the state saved, and TrainingError for a loss that is no number.
         """
-        with _sigterm() as asked_to_stop:
+        with _sigterm() as asked_to_stop, self._explained():
             while self.state.epoch < self.recipe.epochs:
                 self._train_epoch(asked_to_stop)
         return self.best_model.eval()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what to do about what ends a run from outside: no memory left, a disk that takes no more."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrainingError(
+                f"out of memory on {self.hardware.device} with batch_size={self.recipe.batch_size}: raise accumulate="
+                f"{self.hardware.accumulate}, or use precision='bfloat16'; the last state saved is kept"
+            ) from error
+        except OSError as error:
+            raise TrainingError(f"the state cannot be saved ({error}): the last one saved is kept") from error
 
     def _train_epoch(self, asked_to_stop: threading.Event) -> None:
         self.trained.train()
@@ -178,10 +207,11 @@ class Trainer:
         self._finish_epoch(loss.item() / len(self.batches), started)
 
     def _finish_epoch(self, loss: float, started: float) -> None:
-        state = self.state
-        accuracy, test_loss = self.evaluate(self.best_model)
+        state, recipe = self.state, self.recipe
         state.seconds += time.perf_counter() - started
         state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
+        tested = state.epoch % recipe.test_every == 0 or state.epoch == recipe.epochs
+        accuracy, test_loss = self.evaluate(self.best_model) if tested else (None, None)
         state.history.append(
             {
                 "epoch": state.epoch,
@@ -205,8 +235,10 @@ class Trainer:
             group["lr"] = lr * group["lr_factor"]
         total = torch.zeros((), device=images.device)
         for x, y in zip(images.chunk(pieces), labels.chunk(pieces)):
-            with self._autocast():
-                loss = F.cross_entropy(self.trained(self._laid_out(x)), y, label_smoothing=recipe.label_smoothing)
+            with self.hardware.autocast():
+                loss = F.cross_entropy(
+                    self.trained(self.hardware.laid_out(x)), y, label_smoothing=recipe.label_smoothing
+                )
             (loss * (len(x) / len(images))).backward()
             total += loss.detach() * (len(x) / len(images))
         self.optimizer.step()
@@ -223,27 +255,9 @@ class Trainer:
             return self.recipe.lr * (step + 1) / warmup
         return self.recipe.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
-        """Accuracy and mean loss on the test images, each counted once, over all processes."""
-        model.eval()
-        right, loss = (torch.zeros((), dtype=torch.float64, device=self.hardware.device) for _ in range(2))
-        for images, labels in self.tests.epoch():
-            with self._autocast():
-                answers = model(self._laid_out(images)).float()
-            right += (answers.argmax(1) == labels).sum()
-            loss += F.cross_entropy(answers, labels, reduction="sum")
-        if self.world > 1:
-            dist.all_reduce(right)
-            dist.all_reduce(loss)
-        return (right / len(self.test_images)).item(), (loss / len(self.test_images)).item()
-
-    def _autocast(self) -> torch.autocast:
-        dtype = PRECISIONS[self.hardware.precision]
-        return torch.autocast(torch.device(self.hardware.device).type, dtype, enabled=dtype is not None)
-
-    def _laid_out(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.hardware.channels_last else images
+        """Accuracy and mean loss on the test images, see `evaluate`."""
+        return evaluate(model, self.tests, self.hardware)
 
     # What is kept
 
@@ -313,7 +327,7 @@ def launch(
     from tqdm import tqdm
 
     with _processes(hardware) as (hardware, first):
-        train_images, test_images = load(recipe.data, root)
+        train_images, test_images = load(recipe.data, root, recipe.streamed)
         trainer = Trainer(recipe, train_images, test_images, folder, hardware)
         done, steps = trainer.state.epoch * len(trainer.batches) + trainer.state.step, len(trainer.batches)
         title = f"{recipe.name} {recipe.block}"
@@ -326,9 +340,56 @@ def launch(
         return _keep(trainer, model, folded_accuracy, results) if first else None
 
 
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches | FileBatches, hardware: Hardware) -> tuple[float, float]:
+    """Accuracy and mean loss of a model, put into eval mode; each image counts once, over all processes."""
+    model.eval()
+    right, loss = (torch.zeros((), dtype=torch.float64, device=hardware.device) for _ in range(2))
+    for images, labels in batches.epoch():
+        with hardware.autocast():
+            answers = model(hardware.laid_out(images)).float()
+        right += (answers.argmax(1) == labels).sum()
+        loss += F.cross_entropy(answers, labels, reduction="sum")
+    if dist.is_initialized():
+        dist.all_reduce(right)
+        dist.all_reduce(loss)
+    return (right / len(batches.data)).item(), (loss / len(batches.data)).item()
+
+
+def score(
+    checkpoint: Path, data: str | None = None, root: str | Path = "data/cache", hardware: Hardware | None = None
+) -> dict[str, float]:
+    """The accuracy of a saved model on the test images, by form: {"training": ..., "folded": ...}.
+
+    data: other data than the model was trained on. A file in training form is scored in both forms.
+    Raises ValueError for a file, or data, that does not fit, and TrainingError where the two forms disagree.
+    """
+    from dbb.checkpoint import load_model
+
+    hardware = hardware or Hardware()
+    model, about = load_model(checkpoint, hardware.device)
+    recipe = TrainingRecipe(**about["recipe"])
+    _, images = load(data or recipe.data, root, recipe.streamed)
+    if images.classes != tuple(about["classes"]):
+        raise ValueError(
+            f"{checkpoint} tells {len(about['classes'])} classes apart ({', '.join(about['classes'][:3])}, ...), the "
+            f"data has {len(images.classes)} ({', '.join(images.classes[:3])}, ...): give data of the model's classes"
+        )
+    mean, std = map(torch.tensor, about["normalised_by"])
+    place = {"device": hardware.device, "size": recipe.image_size, "workers": hardware.workers}
+    tests = images.batches(TEST_BATCH, mean=mean, std=std, **place)
+    scores = {about["form"]: evaluate(model, tests, hardware)[0]}
+    if about["form"] == "training":
+        scores["folded"] = evaluate(reparameterize(model), tests, hardware)[0]
+    if max(scores.values()) - min(scores.values()) > FORMS_AGREE:
+        raise TrainingError(f"{checkpoint}: the two forms disagree, {scores}: the fold must be wrong, please report it")
+    return scores
+
+
 def _say(trainer: Trainer, bar, line: dict) -> None:
     """Show the last epoch in the progress bar, and keep all of them in a file, one JSON line each."""
-    bar.set_postfix(loss=f"{line['train_loss']:.3f}", accuracy=f"{line['test_accuracy']:.2%}")
+    tested = {} if line["test_accuracy"] is None else {"accuracy": f"{line['test_accuracy']:.2%}"}
+    bar.set_postfix(loss=f"{line['train_loss']:.3f}", **tested)
     lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.state.history)
     write_atomically(trainer.folder / METRICS, lines.encode())
 
@@ -340,6 +401,7 @@ def _keep(trainer: Trainer, model: nn.Module, folded_accuracy: float, results: P
 
     line = record(trainer, folded_accuracy)
     facts = {"data": line["data"], "test_accuracy": line["test_accuracy"], "commit": line["commit"]}
+    facts["normalised_by"] = [value.tolist() for value in trainer.train_images.mean_and_std()]
     save_model(trainer.folder / MODEL, model, trainer.recipe, trainer.train_images.classes, **facts)
     if results:
         append(results, line)

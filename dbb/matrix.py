@@ -1,0 +1,244 @@
+"""The runs behind the suite's recorded numbers: which there are, which are done, and doing the next ones.
+
+An experiment is one recipe in several variants, each with the same seeds. A run is done when `data/results/` holds its
+record; one that was cut short goes on where it stopped. Whoever has other hardware for an hour can add rows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from dbb.recipes import TrainingRecipe, recipe
+from dbb.results import read
+
+RUNS_FOLDER = Path("build/runs")
+STOPPED = 143  # what `dbb train` answers after SIGTERM
+MINUTE_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the matrix."""
+
+    experiment: str
+    variant: str
+    recipe: TrainingRecipe
+    device: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name, and that of its folder."""
+        return f"{self.experiment}-{self.variant}-{self.recipe.seed}"
+
+    def command(self, root: Path, results: Path) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        base = recipe(self.recipe.name)
+        names = [f.name for f in fields(TrainingRecipe) if getattr(self.recipe, f.name) != getattr(base, f.name)]
+        settings = [word for name in names for word in ("--set", f"{name}={getattr(self.recipe, name)!r}")]
+        places = ["--out", str(RUNS_FOLDER / self.name), "--results", str(results), "--root", str(root)]
+        start = [sys.executable, "-m", "dbb", "train", self.recipe.name]
+        return [*start, "--device", self.device, *self.options, *settings, *places]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe, in variants that change some of its values, each with all seeds.
+
+    question: what it is to decide; device: "cpu" or "cuda"; options: of `dbb train`, further ones
+    """
+
+    name: str
+    question: str
+    recipe: TrainingRecipe
+    variants: Mapping[str, dict]
+    seeds: int
+    device: str = "cuda"
+    options: tuple[str, ...] = ()
+    runs: tuple[Run, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Lay out the runs, seed by seed, so that pairs are complete early."""
+        runs = [
+            Run(self.name, variant, self.recipe.with_changes(seed=seed, **changes), self.device, self.options)
+            for seed in range(self.seeds)
+            for variant, changes in self.variants.items()
+        ]
+        object.__setattr__(self, "runs", tuple(runs))
+
+
+BLOCKS = {name: {"block": name} for name in ("plain", "acb", "dbb")}
+ON_GPU = ("--precision", "bfloat16", "--channels-last")
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        # A DBB step takes 4.56 plain ones of this network (interleaved medians of CPU time on two cores, measured
+        # before the first run): so "plain, as long" has 4.56 times the epochs, and the same wall-clock time.
+        Experiment(
+            "small_cpu",
+            "does a DBB help a small ResNet, at equal epochs and at equal time?",
+            recipe("cifar10_small", data="cifar10_jpeg"),
+            {**BLOCKS, "plain_as_long": {"epochs": 55, "test_every": 11}},
+            seeds=20,
+            device="cpu",
+            options=("--channels-last",),
+        ),
+        Experiment(
+            "small_gpu",
+            "the same with all images and more epochs",
+            recipe("cifar10_small", data="cifar10_jpeg", epochs=40, train_images=None, model_options={"width": 16}),
+            {**BLOCKS, "plain_as_long": {"epochs": 160}},
+            seeds=20,
+            options=ON_GPU,
+        ),
+        Experiment(
+            "vgg16_100_epochs",
+            "the paper's CIFAR network, a sixth of the epochs",
+            recipe("cifar10_vgg16", data="cifar10_jpeg", epochs=100),
+            BLOCKS,
+            seeds=5,
+            options=ON_GPU,
+        ),
+        Experiment("cifar10", "Table 2, CIFAR-10", recipe("cifar10_vgg16"), BLOCKS, seeds=5, options=ON_GPU),
+        Experiment("cifar100", "Table 2, CIFAR-100", recipe("cifar100_vgg16"), BLOCKS, seeds=5, options=ON_GPU),
+        *(
+            Experiment(name, "Table 2, ImageNet", recipe(f"imagenet_{name}"), BLOCKS, seeds=1, options=ON_GPU)
+            for name in ("alexnet", "mobilenet", "resnet18", "resnet50")
+        ),
+    )
+}
+
+
+def all_runs(select: str = "") -> list[Run]:
+    """The runs whose name contains `select`, in the order in which they are to be done.
+
+    Raises ValueError where there is none.
+    """
+    runs = [run for experiment in EXPERIMENTS.values() for run in experiment.runs if select in run.name]
+    if not runs:
+        raise ValueError(
+            f"no run has {select!r} in its name; there are {', '.join(EXPERIMENTS)}, as dbb reproduce --list"
+        )
+    return runs
+
+
+def find_record(run: Run, records: Iterable[dict]) -> dict | None:
+    """The record of that run: the same recipe on the same kind of device."""
+    for record in records:
+        if record["device"] == run.device and TrainingRecipe(**record["recipe"]) == run.recipe:
+            return record
+    return None
+
+
+def state_of(run: Run, records: Sequence[dict], root: Path) -> str:
+    """ "done", "started" or "pending", or what it waits for."""
+    if find_record(run, records):
+        return "done"
+    if run.device == "cuda" and not torch.cuda.is_available():
+        return "needs a GPU"
+    if not _data_is_there(run.recipe.data, root):
+        return f"needs {run.recipe.data} in {root}"
+    return "started" if (RUNS_FOLDER / run.name / "resume.pt").exists() else "pending"
+
+
+def listing(runs: Sequence[Run], results: Path, root: Path) -> Iterator[str]:
+    """A line for each run: its name, recipe, block, seed, data, hardware, state and, where it is done, its accuracy."""
+    records = read(results)
+    for run in runs:
+        r, record, state = run.recipe, find_record(run, records), state_of(run, records, root)
+        accuracy = f"{record['test_accuracy']:.2%}" if record else ""
+        yield (
+            f"{run.name:<28} {r.name:<19} {r.block:<7} seed {r.seed:<3} {r.epochs:>4} epochs  {r.data:<13} "
+            f"{run.device:<5} {state} {accuracy}".rstrip()
+        )
+
+
+def seconds(budget: str) -> float:
+    """ "90s", "9m" or "2h" in seconds. Raises ValueError for anything else."""
+    number, unit = budget[:-1], budget[-1:]
+    try:
+        return float(number) * MINUTE_UNITS[unit]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"the budget {budget!r} must be a number and s, m or h: say --budget 9m") from error
+
+
+def reproduce(
+    runs: Sequence[Run],
+    budget: float,
+    results: Path,
+    root: Path,
+    jobs: int | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, list[str]]:
+    """Do those of the runs that this machine can and that are not done, in order, `jobs` at once, for `budget` seconds.
+
+    What is not finished by then is stopped, its state saved, and goes on another time. Returns the names of the runs
+    that are "done", "stopped" and "failed".
+    """
+    records = read(results)
+    waiting = [run for run in runs if state_of(run, records, root) in ("started", "pending")]
+    jobs = jobs or _side_by_side(waiting)
+    deadline, running = time.monotonic() + budget, {}
+    ended: dict[str, list[str]] = {"done": [], "stopped": [], "failed": []}
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[_start(run, root, results, jobs)] = run
+            _collect(running, ended, say)
+            time.sleep(0.2)
+    finally:  # in time, out of time, or interrupted: no run is left without its state saved
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        for process in running:
+            process.wait()
+        _collect(running, ended, say)
+    return ended
+
+
+def _start(run: Run, root: Path, results: Path, jobs: int) -> subprocess.Popen:
+    """Start a run in a process of its own, with its share of the cores; what it says goes into its folder."""
+    folder = RUNS_FOLDER / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with (folder / "train.log").open("w") as log:
+        return subprocess.Popen(
+            run.command(root, results),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then asks the runs to stop
+        )
+
+
+def _collect(running: dict[subprocess.Popen, Run], ended: dict[str, list[str]], say: Callable[[str], None]) -> None:
+    """Take the runs that have ended out of `running`, and tell what came of them."""
+    for process in [process for process in running if process.poll() is not None]:
+        run = running.pop(process)
+        end = {0: "done", STOPPED: "stopped"}.get(process.returncode, "failed")
+        lines = (RUNS_FOLDER / run.name / "train.log").read_text(errors="replace").strip().splitlines()
+        ended[end].append(run.name)
+        say(f"{end:<8} {run.name}: {lines[-1] if lines else f'exit status {process.returncode}'}")
+
+
+def _side_by_side(runs: Sequence[Run]) -> int:
+    """How many runs at once: one a core on a CPU; on a GPU as many of the small ones as its memory holds."""
+    if not runs or runs[0].device == "cpu":
+        return os.cpu_count() or 1
+    if runs[0].recipe.streamed:
+        return 1
+    return max(1, int(torch.cuda.get_device_properties(0).total_memory / 2**30 // 10))
+
+
+def _data_is_there(data: str, root: Path) -> bool:
+    folders = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+    return data == "digits" or (root / folders.get(data, data)).exists()
