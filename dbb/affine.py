@@ -58,6 +58,11 @@ class Axis:
         """The distance between taps, if there are any two."""
         return [self.dilation] if self.taps > 1 else []
 
+    def reads(self, output: int) -> list[int]:
+        """The pixels that an output pixel reads, tap by tap; those outside are padding."""
+        first = self.stride * output - self.left
+        return [first + self.dilation * tap for tap in range(self.taps)]
+
     def then(self, second: Axis) -> Axis:
         """The geometry of both in a row: put the line of the first into the line of the second."""
         spacing = replace(second, dilation=self.stride * second.dilation)  # the second's taps, in pixels of the input

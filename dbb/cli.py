@@ -98,6 +98,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="float32", help="float32 (default) or bfloat16")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=-1, metavar="N", help="that decode images (default one a core)")
+    parser.add_argument("--tensorboard", action="store_true", help="write the curves for TensorBoard, too")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="send each batch through in N pieces")
 
 
@@ -110,9 +112,10 @@ def _train(options: argparse.Namespace) -> int:
     changes = parse_settings(options.set) | {name: value for name, value in given.items() if value is not None}
     chosen = recipe(options.recipe, **changes)
     folder = options.out or Path("build/runs", f"{chosen.name}-{chosen.block}-{chosen.seed}")
-    machine = Hardware(options.device, options.precision, options.channels_last, options.compile, options.accumulate)
+    settings = ("device", "precision", "channels_last", "compile", "accumulate", "workers")
+    machine = Hardware(**{name: getattr(options, name) for name in settings})
     try:
-        line = launch(chosen, folder, machine, options.root, options.results)
+        line = launch(chosen, folder, machine, options.root, options.results, options.tensorboard)
     except TrainingStoppedError as stopped:
         print(f"dbb: {stopped}; the same call goes on from there", file=sys.stderr)
         return 143
@@ -144,6 +147,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     if options.list:
         for line in matrix.listing(runs, options.results, options.root):
             _say(line)
+        _say(matrix.summary(options.results, options.select))
         return 0
     budget = matrix.seconds(options.budget)
     ended = matrix.reproduce(runs, budget, options.results, options.root, options.jobs, _say)

@@ -96,7 +96,7 @@ def _conv(conv: nn.Conv2d) -> Affine:
 
 @rule(nn.BatchNorm2d, nn.SyncBatchNorm)
 def _batch_norm(norm: nn.BatchNorm2d) -> Affine:
-    if norm.running_mean is None or norm.running_var is None:
+    if norm.running_mean is None:
         raise ValueError(
             "a batch norm with track_running_stats=False depends on the batch even in eval mode, so no convolution "
             "equals it: build it with track_running_stats=True"

@@ -110,9 +110,13 @@ class FileBatches:
             places = range(step * self.batch_size, min(len(order), (step + 1) * self.batch_size))
             mine = places[self.rank :: self.world]
             wanted.append([(order[place], (self.seed, epoch, place)) for place in mine])
-        pinned = self.device.type == "cuda"
         loader = DataLoader(
-            self.decoded, batch_sampler=wanted, num_workers=self.workers, collate_fn=_collate, pin_memory=pinned
+            self.decoded,
+            batch_sampler=wanted,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            generator=generator(self.seed, epoch),  # else it draws from the numbers of the model
         )
         for images, labels, broken in loader:
             if broken:

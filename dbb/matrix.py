@@ -162,6 +162,81 @@ def listing(runs: Sequence[Run], results: Path, root: Path) -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline of its experiment, over the seeds that both have; accuracies are shares of 1.
+
+    mean, spread: of the variant's accuracies, and their standard deviation
+    difference, low, high: mean of the paired differences, and its 95% interval (Student's t); None below two seeds
+    seconds: mean time of training
+    """
+
+    variant: str
+    seeds: int
+    mean: float
+    spread: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" where the interval leaves zero out, else "undecided"; "" for the baseline itself."""
+        if self.low is None:
+            return ""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
+
+
+def compare(experiment: Experiment, records: Sequence[dict], baseline: str = "plain") -> list[Comparison]:
+    """Each variant of the experiment against its baseline, from the records of the seeds that all variants have."""
+    found = {(run.variant, run.recipe.seed): find_record(run, records) for run in experiment.runs}
+    complete = [s for s in range(experiment.seeds) if all(found[variant, s] for variant in experiment.variants)]
+    if not complete:
+        return []
+    accuracy = {
+        v: torch.tensor([found[v, s]["test_accuracy"] for s in complete], dtype=torch.float64)
+        for v in experiment.variants
+    }
+    time_taken = {v: [found[v, s]["seconds"] for s in complete] for v in experiment.variants}
+    return [
+        Comparison(
+            variant,
+            len(complete),
+            values.mean().item(),
+            values.std().item() if len(complete) > 1 else None,
+            *(_paired(values - accuracy[baseline]) if variant != baseline else (None, None, None)),
+            sum(time_taken[variant]) / len(complete),
+        )
+        for variant, values in accuracy.items()
+    ]
+
+
+def summary(results: Path, select: str = "") -> str:
+    """What the finished runs say, a line for each variant: accuracy and paired difference, in percentage points."""
+    records, lines = read(results), []
+    for experiment in (e for e in EXPERIMENTS.values() if any(select in run.name for run in e.runs)):
+        for c in compare(experiment, records):
+            spread = "" if c.spread is None else f" ± {100 * c.spread:.2f}"
+            paired = c.low is not None and f"  {100 * c.difference:+.2f} [{100 * c.low:+.2f}, {100 * c.high:+.2f}]"
+            lines.append(
+                f"{experiment.name} {c.variant}: {100 * c.mean:.2f}{spread} over {c.seeds} seeds{paired or ''}  "
+                f"{c.seconds:.0f} s {c.verdict}".rstrip()
+            )
+    return "\n".join(lines)
+
+
+def _paired(differences: torch.Tensor) -> tuple[float | None, float | None, float | None]:
+    """The mean of the differences, and the ends of its 95% interval."""
+    from scipy.stats import t
+
+    number, mean = len(differences), differences.mean().item()
+    if number < 2:
+        return mean, None, None
+    reach = t.ppf(0.975, number - 1).item() * differences.std().item() / number**0.5
+    return mean, mean - reach, mean + reach
+
+
 def seconds(budget: str) -> float:
     """ "90s", "9m" or "2h" in seconds. Raises ValueError for anything else."""
     number, unit = budget[:-1], budget[-1:]

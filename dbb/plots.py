@@ -6,28 +6,42 @@ that survive a black-and-white printer: brightness grows with the value, and whe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from itertools import count
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import count, pairwise, product
 from textwrap import fill
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
-from torch import Tensor
+from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Rectangle
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Affine2D
+from torch import Tensor, nn
+
+from dbb._diagrams import SIGN, layout
+from dbb.affine import Affine, Pair
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; a branch has one colour everywhere.
 INK, GREY, PAPER = "#222222", "#8a8a8a", "#f1f1ee"
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 BRANCH_COLOURS = {"kxk": BLUE, "1x1": ORANGE, "1x1_kxk": GREEN, "1x1_avg": PURPLE, "folded": INK}
 BRANCH_NAMES = {"kxk": "K×K", "1x1": "1×1", "1x1_kxk": "1×1–K×K", "1x1_avg": "1×1–AVG", "folded": "folded"}
+VARIANTS = {  # of a network: the colour and the name of each; plain ones are kin of the K×K branch
+    "plain": (BLUE, "plain"),
+    "acb": (GREY, "ACB"),
+    "dbb": (RED, "DBB"),
+    "plain_as_long": (SKY, "plain, as long"),
+}
 
 MAPS = "cividis"  # for activations: brightness follows the value
 SIGNED = "PuOr_r"  # for kernels and differences: white is zero, orange positive, purple negative
 ERRORS = "magma"  # for sizes of errors: black is none
+SPECTRA = "bone"  # for frequency responses: black lets nothing through
 
 
 def use_style() -> None:
@@ -138,6 +152,43 @@ def matrix(
     return ax
 
 
+def spectrum(kernel: Tensor, ax: Axes | None = None, title: str = "", limit: float = 1) -> Axes:
+    """Which waves one kernel "kh kw" lets through: |H| over their cycles per pixel across and down.
+
+    The middle is a constant image, the edges are stripes of two pixels; black is 0, white `limit` or more.
+    """
+    ax = ax or plt.gca()
+    size = 2 * max(64, *kernel.shape) + 1  # odd: frequency zero has a pixel, in the middle
+    response = torch.fft.fftshift(torch.fft.fft2(kernel.detach().cpu().double(), s=(size, size)).abs())
+    ax.imshow(_numpy(response), cmap=SPECTRA, vmin=0, vmax=limit, extent=(-0.5, 0.5, 0.5, -0.5))
+    ticks = {"ticks": (-0.5, 0, 0.5), "labels": ("−½", "0", "½")}
+    ax.set_xticks(**ticks)
+    ax.set_yticks(**ticks)
+    ax.tick_params(labelsize=8)
+    ax.set_title(title)
+    ax.set_xlabel("cycles per pixel", fontsize=8)
+    return ax
+
+
+def response_curves(kernels: Mapping[str, Tensor], ax: Axes | None = None, title: str = "") -> Axes:
+    """How much of a wave along the rows comes through kernels "... kh kw": a named line each, over cycles per pixel.
+
+    Of several kernels under one name it is the root of the mean of |H|²; branches have their colours.
+    """
+    ax, ends = ax or plt.gca(), []
+    for name, weights in kernels.items():
+        taps = weights.detach().cpu().double().sum(-2)  # the wave is the same in every row
+        response = torch.fft.rfft(taps, n=256).abs().square().reshape(-1, 129).mean(0).sqrt()
+        (line,) = ax.plot(torch.linspace(0, 0.5, 129), response, color=BRANCH_COLOURS.get(name))
+        ends.append((response[-1].item(), BRANCH_NAMES.get(name, name), line.get_color()))
+    ax.set(title=title, xlabel="cycles per pixel", ylabel="$|H|$", xlim=(0, 0.5), ylim=(0, None))
+    lowest = -1.0
+    for end, name, colour in sorted(ends):  # the names at the ends of the lines, pushed up where they would overlap
+        lowest = max(end, lowest + 0.08 * ax.get_ylim()[1])
+        ax.text(0.508, lowest, name, va="center", color=colour)
+    return ax
+
+
 def bars(values: Mapping[str, float], ax: Axes | None = None, title: str = "", unit: str = "", digits: int = 2) -> Axes:
     """A horizontal bar for each name, its value written at the end; branches in their colours."""
     ax = ax or plt.gca()
@@ -150,6 +201,58 @@ def bars(values: Mapping[str, float], ax: Axes | None = None, title: str = "", u
     ax.set_title(title)
     ax.spines["bottom"].set_visible(False)
     ax.tick_params(bottom=False, labelbottom=False, left=False)
+    return ax
+
+
+def curves(
+    lines: Mapping[str, Sequence[float | None]], ax: Axes | None = None, title: str = "", unit: str = ""
+) -> Axes:
+    """A value after each epoch, a line for each variant, named in the legend; None where it was not measured."""
+    ax = ax or plt.gca()
+    for (name, values), marker in zip(lines.items(), "os^D" * len(lines)):
+        colour, label = VARIANTS.get(name, (None, name))
+        points = [(epoch, value) for epoch, value in enumerate(values, start=1) if value is not None]
+        every = max(1, len(points) // 20)
+        ax.plot(*zip(*points), color=colour, label=label, marker=marker, markersize=5, markevery=every, linewidth=1.5)
+    ax.set(title=title, xlabel="epoch", ylabel=unit)
+    ax.legend()
+    return ax
+
+
+def strip(groups: Mapping[str, Mapping[int, float]], ax: Axes | None = None, title: str = "", unit: str = "") -> Axes:
+    """Measurements by variant and seed: a dot for each, thin lines that join one seed's, a bar at each mean."""
+    ax, columns = ax or plt.gca(), list(groups.values())
+    for n, (left, right) in enumerate(pairwise(columns)):
+        for seed in left.keys() & right.keys():
+            ax.plot((n, n + 1), (left[seed], right[seed]), color=GREY, linewidth=0.7, zorder=1)
+    for n, (name, values) in enumerate(groups.items()):
+        colour, mean = VARIANTS.get(name, (BLUE,))[0], sum(values.values()) / len(values)
+        ax.scatter([n] * len(values), list(values.values()), color=colour, edgecolor="white", s=45, zorder=2)
+        ax.plot((n - 0.2, n + 0.2), (mean, mean), color=INK, linewidth=2.5, zorder=3)
+    ax.set_xticks(range(len(groups)), [VARIANTS.get(name, (BLUE, name))[1] for name in groups])
+    ax.set(title=title, ylabel=unit, xlim=(-0.5, len(groups) - 0.5))
+    return ax
+
+
+def tallies(
+    counts: Mapping[str, Mapping[str, int]],
+    kinds: Sequence[str],
+    ax: Axes | None = None,
+    colours: Sequence[str] = (BLUE, RED, ORANGE, "#dddddd"),
+) -> Axes:
+    """A bar for each name, how often each of the `kinds` was counted: its pieces, with the numbers in them."""
+    ax, starts = ax or plt.gca(), [0] * len(counts)
+    for kind, colour in zip(kinds, colours):
+        values = [count.get(kind, 0) for count in counts.values()]
+        drawn = ax.barh(list(counts), values, left=starts, color=colour, label=kind)
+        ink = "white" if sum(to_rgb(colour)) < 1.4 else INK
+        ax.bar_label(drawn, [str(value or "") for value in values], label_type="center", color=ink)
+        starts = [start + value for start, value in zip(starts, values)]
+    ax.invert_yaxis()
+    ax.margins(0)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(left=False, bottom=False, labelbottom=False)
+    ax.figure.legend(loc="outside upper center", ncols=len(kinds))
     return ax
 
 
@@ -181,6 +284,38 @@ def branch_diagram(branches: Mapping[str, Sequence[str]], folded: str, ax: Axes 
     return ax
 
 
+def module_diagram(module: nn.Module, ax: Axes | None = None, title: str = "") -> Axes:
+    """A tree of linear layers as a diagram, drawn from the module itself: `+` adds branches, `≡` stacks their outputs.
+
+    Without `ax` the figure is as large as the diagram; with it all of the picture, letters too, shrinks to fit.
+    """
+    drawing = layout(module)
+    width, height = drawing.width + 0.5, drawing.height + 0.1
+    ax = _bare(ax or plt.subplots(figsize=(width, height + 0.3 * bool(title)))[1], title)
+    stubs = [([(x, 0), (x + 0.25, 0)], "") for x in (-0.25, drawing.width)]
+    for points, branch in drawing.wires + stubs:
+        ax.plot(*zip(*points), color=BRANCH_COLOURS.get(branch, INK), zorder=0, solid_capstyle="round")
+    for x, y, wide, high, lines, branch in drawing.boxes:
+        _rounded(ax, x - wide / 2, y - high / 2, wide, high, "white", BRANCH_COLOURS.get(branch, INK))
+        for n, (line, points) in enumerate(zip(lines, (10, 8))):
+            _words(ax, x, y + 0.08 * (len(lines) - 1) - 0.17 * n, line, points)
+    for x, y, symbol in drawing.signs:
+        ax.add_patch(Circle((x, y), SIGN, facecolor="white", edgecolor=INK, linewidth=1.5))
+        _words(ax, x, y, symbol, 15)
+    wider = max(0.0, ax.get_window_extent().width / ax.figure.dpi - width) / 2  # small ones are not blown up
+    ax.set(xlim=(-0.25 - wider, width - 0.25 + wider), ylim=(-height / 2, height / 2), aspect="equal")
+    return ax
+
+
+def one_scale(axes: Iterable[Axes]) -> None:
+    """Give diagrams the scale of the widest."""
+    axes = list(axes)
+    widest = max(right - left for left, right in (ax.get_xlim() for ax in axes)) / 2
+    for ax in axes:
+        middle = sum(ax.get_xlim()) / 2
+        ax.set_xlim(middle - widest, middle + widest)
+
+
 def shapes(tensors: Mapping[str, Mapping[str, int]], signs: str = "", summed: str = "", ax: Axes | None = None) -> Axes:
     """Tensors as boxes of cells in a row, `signs` between them; the dimension that is `summed` over stands out.
 
@@ -210,6 +345,36 @@ def shapes(tensors: Mapping[str, Mapping[str, int]], signs: str = "", summed: st
         ax.text(end.real + 0.9, 0, mark, ha="center", va="center", color=INK, fontsize=20)
         x = end.real + 3
     ax.set_aspect("equal")
+    return ax
+
+
+def sampling_grid(
+    maps: Mapping[str, Affine],
+    image: Pair,
+    outputs: Sequence[Pair] = ((0, 0),),
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Where maps read an image of (height, width) pixels: for each output (row, column) a frame, in it their taps.
+
+    Pixels are white and what is padded around them is grey; each map has a mark of its own that leaves the others seen.
+    """
+    ax = _bare(ax, title)
+    around = [(max(a.left for a in pair), max(a.right for a in pair)) for pair in zip(*(m.axes for m in maps.values()))]
+    (top, bottom), (left, right) = [(max(before, 0), max(behind, 0)) for before, behind in around]
+    for row in range(-top, image[0] + bottom):
+        for column in range(-left, image[1] + right):
+            face = "white" if 0 <= row < image[0] and 0 <= column < image[1] else "#d9d9d6"
+            corner = (column - 0.5, row - 0.5)
+            ax.add_patch(Rectangle(corner, 1, 1, facecolor=face, edgecolor="#bdbdb8", linewidth=0.8))
+    reads = {name: [[axis.reads(t) for axis, t in zip(m.axes, at)] for at in outputs] for name, m in maps.items()}
+    for windows in zip(*reads.values()):
+        (first, last), (start, end) = [(min(map(min, rows)), max(map(max, rows))) for rows in zip(*windows)]
+        _rounded(ax, start - 0.46, first - 0.46, end - start + 0.92, last - first + 0.92, "none", INK)
+    handles = [_tap(ax, n, places) for n, places in enumerate(reads.values())]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": len(maps)}
+    ax.legend(handles, list(maps), handletextpad=0.1, columnspacing=1, **place)
+    ax.set(xlim=(-left - 0.6, image[1] + right - 0.4), ylim=(image[0] + bottom - 0.4, -top - 0.6), aspect="equal")
     return ax
 
 
@@ -269,7 +434,7 @@ def scale(ax: Axes, colours: str, limits: tuple[float, float], label: str = "") 
 def limits_of(xs: Sequence[Tensor], tail: float = 0.005) -> tuple[float, float]:
     """A scale that panels share: the range of all values, without the outermost half percent."""
     values = torch.cat([x.detach().float().flatten().cpu() for x in xs])
-    return torch.quantile(values[:: max(1, len(values) // 200_000)], torch.tensor([tail, 1 - tail])).tolist()
+    return torch.quantile(values[:: max(1, len(values) // 200_000)], values.new_tensor([tail, 1 - tail])).tolist()
 
 
 def _bare(ax: Axes | None, title: str) -> Axes:
@@ -284,6 +449,24 @@ def _numpy(x: Tensor):
     return x.detach().float().cpu().numpy()
 
 
+def _tap(ax: Axes, n: int, windows: Sequence[Sequence[Sequence[int]]]) -> Line2D:
+    """Mark the taps of windows (rows, columns) with the n-th mark, sized in pixels of the image; answers its key."""
+    shape, side, colour, face = (
+        ("s", 0.62, BLUE, "none"),
+        ("o", 0.42, ORANGE, "none"),
+        ("D", 0.2, INK, INK),
+        ("P", 0.4, RED, RED),
+    )[n % 4]
+    style = MarkerStyle(shape)
+    path = style.get_path().transformed(style.get_transform())
+    size = side / max(path.get_extents().size)
+    for rows, columns in windows:
+        for y, x in product(rows, columns):
+            place = Affine2D().scale(size).translate(x, y)
+            ax.add_patch(PathPatch(path.transformed(place), facecolor=face, edgecolor=colour, linewidth=2.5, zorder=2))
+    return Line2D([], [], linestyle="", marker=shape, color=colour, markerfacecolor=face, markeredgewidth=2)
+
+
 def _wire(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
     """A line of a diagram, under its layers."""
     ax.plot(*zip(*points), color=colour, zorder=0, solid_joinstyle="round")
@@ -293,6 +476,15 @@ def _layer(ax: Axes, x: float, y: float, text: str, colour: str) -> None:
     """A layer of a diagram: its name in a box."""
     box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": colour, "linewidth": 2}
     ax.text(x, y, text, ha="center", va="center", color=INK, bbox=box)
+
+
+def _words(ax: Axes, x: float, y: float, text: str, points: float) -> None:
+    """Text as a shape around (x, y), in a diagram whose unit is an inch: it scales with the rest."""
+    size = points / 72
+    outline = TextPath((0, 0), text, size=size)
+    box = outline.get_extents()
+    place = Affine2D().translate(x - (box.x0 + box.x1) / 2, y - 0.365 * size)  # half as high as a digit
+    ax.add_patch(PathPatch(place.transform_path(outline), facecolor=INK, linewidth=0))
 
 
 def _rounded(ax: Axes, x: float, y: float, width: float, height: float, face: str, edge: str) -> None:

@@ -35,6 +35,7 @@ from dbb.surgery import reparameterize
 
 RESUME, METRICS, MODEL, RECORD = "resume.pt", "metrics.jsonl", "model.safetensors", "record.json"
 TEST_BATCH = 256  # a process
+STEPS_BETWEEN_TALKS = 10  # of processes that train together
 FORMS_AGREE = 1e-3  # in accuracy: rounding may tip an image that stands between two classes
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -198,13 +199,26 @@ class Trainer:
             self.state.step += 1
             self.tick()
             now = time.perf_counter()
-            if asked_to_stop.is_set() or now - saved > self.hardware.save_seconds:
+            stop = self._must_stop(asked_to_stop)
+            if stop or now - saved > self.hardware.save_seconds:
                 self.state.loss, self.state.seconds = loss.item(), self.state.seconds + now - started
                 saved = started = now
                 self._save()
-            if asked_to_stop.is_set():
+            if stop:
                 raise TrainingStoppedError(f"stopped in epoch {self.state.epoch + 1}, step {self.state.step}")
-        self._finish_epoch(loss.item() / len(self.batches), started)
+        if self.world > 1:
+            dist.all_reduce(loss)  # each process has seen its share of every batch
+        self._finish_epoch(loss.item() / self.world / len(self.batches), started)
+
+    def _must_stop(self, asked: threading.Event) -> bool:
+        """Whether this process, or any other of the run, was asked to stop; all of them hear of it at the same step."""
+        if self.world == 1:
+            return asked.is_set()
+        if self.state.step % STEPS_BETWEEN_TALKS:
+            return False
+        any_asked = torch.tensor(float(asked.is_set()), device=self.hardware.device)
+        dist.all_reduce(any_asked, dist.ReduceOp.MAX)
+        return bool(any_asked)
 
     def _finish_epoch(self, loss: float, started: float) -> None:
         state, recipe = self.state, self.recipe
@@ -316,23 +330,26 @@ class Trainer:
 def launch(
     recipe: TrainingRecipe,
     folder: Path,
-    hardware: Hardware,
+    hardware: Hardware | None = None,
     root: str | Path = "data/cache",
     results: Path | None = None,
+    tensorboard: bool = False,
 ) -> dict | None:
     """Train, or go on training, in `folder`; keep the model and a record there, and append the record to `results`.
 
-    root: see `dbb.data.load`. Under torchrun each process calls this. Returns the record, from the first process.
+    root: see `dbb.data.load`; tensorboard: write the curves for TensorBoard, too
+    Under torchrun each process calls this. Returns the record, from the first process.
     """
     from tqdm import tqdm
 
-    with _processes(hardware) as (hardware, first):
+    with _processes(hardware or Hardware()) as (hardware, first):
         train_images, test_images = load(recipe.data, root, recipe.streamed)
         trainer = Trainer(recipe, train_images, test_images, folder, hardware)
         done, steps = trainer.state.epoch * len(trainer.batches) + trainer.state.step, len(trainer.batches)
         title = f"{recipe.name} {recipe.block}"
         with tqdm(desc=title, total=recipe.epochs * steps, initial=done, disable=not first, leave=False) as bar:
-            trainer.say, trainer.tick = partial(_say, trainer, bar), bar.update
+            board = _board(folder) if tensorboard and first else None
+            trainer.say, trainer.tick = partial(_say, trainer, bar, board), bar.update
             model = trainer.run()
         if done == recipe.epochs * steps and (folder / RECORD).exists():
             return json.loads((folder / RECORD).read_text(encoding="utf-8"))  # it was finished before
@@ -386,12 +403,26 @@ def score(
     return scores
 
 
-def _say(trainer: Trainer, bar, line: dict) -> None:
+def _board(folder: Path):
+    """TensorBoard's writer. Raises ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard") from error
+    return SummaryWriter(folder / "tensorboard")
+
+
+def _say(trainer: Trainer, bar, board, line: dict) -> None:
     """Show the last epoch in the progress bar, and keep all of them in a file, one JSON line each."""
     tested = {} if line["test_accuracy"] is None else {"accuracy": f"{line['test_accuracy']:.2%}"}
     bar.set_postfix(loss=f"{line['train_loss']:.3f}", **tested)
     lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.state.history)
     write_atomically(trainer.folder / METRICS, lines.encode())
+    if board:
+        for name, value in line.items():
+            if name != "epoch" and value is not None:
+                board.add_scalar(name, value, line["epoch"])
+        board.flush()
 
 
 def _keep(trainer: Trainer, model: nn.Module, folded_accuracy: float, results: Path | None) -> dict:

@@ -46,6 +46,15 @@ def test_axis_geometry():
     assert axis.then(Axis(3, 3, 1, 0, 1)) == Axis(taps=7, stride=6, left=3, right=2, dilation=2)
 
 
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"padding": ((2, -1), (-1, 3)), "dilation": 2}])
+def test_reads_are_the_pixels_that_an_output_depends_on(geometry):
+    a, x = random_affine(1, 1, (3, 2), **geometry), image(1).requires_grad_()
+    a(x)[0, 0, 1, 2].backward()
+    rows, columns = (axis.reads(t) for axis, t in zip(a.axes, (1, 2)))
+    read = [[y, z] for y in rows for z in columns if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]]
+    assert x.grad[0, 0].nonzero().tolist() == read != []
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stride, padding, dilation, groups", [(1, 0, 1, 1), ((2, 1), (1, 3), (1, 2), 2), (3, 2, 3, 4)])
 def test_affine_is_conv2d(stride, padding, dilation, groups, bias):
@@ -173,6 +182,14 @@ def test_direct_sum():
     assert (mixed.groups, mixed.in_channels, mixed.out_channels) == (1, 10, 11)
     same(mixed, lambda x: torch.cat([a(x[:, :6]), b(x[:, 6:])], 1), image(10))
     assert direct_sum(a, random_affine(2, 2, (3, 3), padding=1)).groups == 4
+    assert torch.equal(direct_sum(a).weight, a.weight) and direct_sum(a).groups == a.groups
+
+
+def test_direct_sum_of_slices_of_other_widths():
+    a, b = random_affine(2, 1, (3, 3)), random_affine(2, 3, (3, 3))
+    both, x = direct_sum(a, b), image(4)
+    assert both.groups == 1 and both.weight.shape == (4, 4, 3, 3)
+    assert_same(both(x), torch.cat([a(x[:, :1]), b(x[:, 1:])], 1), 1 + both.abs()(x.abs()))
 
 
 def test_grouped_pointwise_then_kernel_is_a_direct_sum_of_merges():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +20,9 @@ from torch import nn
 from dbb import reparameterize
 from dbb.checkpoint import load_model, save_model
 from dbb.data import Batches, ImageSet, load, shifted
+from dbb.imagenet import Lighting, for_training
 from dbb.recipes import RECIPES, recipe
-from dbb.train import Hardware, Trainer, TrainingError, parameter_groups
+from dbb.train import Hardware, Trainer, TrainingError, launch, parameter_groups, score
 from tests.conftest import ROOT
 
 TINY = {"epochs": 2, "batch_size": 50, "train_images": 200, "model_options": {"width": 4}}
@@ -111,6 +115,91 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         load(other)
 
 
+# Images that stay on disk
+
+
+def photographs(root: Path) -> Path:
+    """Two classes of photographs, larger and smaller than what is cropped."""
+    from sklearn.datasets import load_sample_image
+
+    for split, number in (("train", 6), ("val", 3)):
+        for name in ("china", "flower"):
+            (root / split / name).mkdir(parents=True)
+            image = Image.fromarray(load_sample_image(f"{name}.jpg"))
+            for n in range(number):
+                side = 60 + 10 * n
+                image.crop((30 * n, 20 * n, 30 * n + side, 20 * n + 60)).save(root / split / name / f"{n}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("augmentation", ["imagenet", "imagenet_strong"])
+def test_streamed_batches_depend_on_seed_epoch_and_step_alone(tmp_path, augmentation):
+    train, _ = load(photographs(tmp_path), streamed=True)
+
+    def batches(seed=0, workers=0, **rank):
+        options = {"train": True, "augmentation": augmentation, "seed": seed, "size": 32, "workers": workers}
+        return train.batches(4, mean=torch.zeros(3), std=torch.ones(3), **options, **rank)
+
+    before = torch.get_rng_state()
+    whole = list(batches().epoch(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [x.shape for x, _ in whole] == [(4, 3, 32, 32)] * 3
+    later = list(batches(workers=2).epoch(2, start=1))
+    for (x, y), (x_later, y_later) in zip(whole[1:], later, strict=True):
+        assert torch.equal(x, x_later) and torch.equal(y, y_later)
+    halves = zip(batches(rank=0, world=2).epoch(2), batches(rank=1, world=2).epoch(2))
+    for (x, _), ((first, _), (second, _)) in zip(whole, halves, strict=True):
+        assert torch.equal(x[::2], first) and torch.equal(x[1::2], second)
+    assert not torch.equal(whole[0][0], next(batches(seed=1).epoch(2))[0])
+    assert not torch.equal(whole[0][0], next(batches().epoch(3))[0])
+
+
+def test_strong_augmentation_changes_colours():
+    torch.manual_seed(0)
+    grey = Image.new("RGB", (80, 80), (120, 130, 140))
+    standard, strong = (for_training(32, strong)(grey) for strong in (False, True))
+    torch.testing.assert_close(standard, torch.tensor([120, 130, 140])[:, None, None].expand(3, 32, 32) / 255)
+    assert (strong - standard).abs().max() > 0.01
+    shifts = torch.stack([Lighting()(torch.zeros(3, 1, 1))[:, 0, 0] for _ in range(4000)])
+    assert (shifts.std(0) - shifts.std(0).mean()).abs().max() < 0.003  # AlexNet's first component is nearly grey
+    assert 0.010 < shifts.std(0).mean() < 0.015
+
+
+def test_streamed_evaluation_shows_the_middle_of_each_image_once(tmp_path):
+    _, test = load(photographs(tmp_path), streamed=True)
+    batches = test.batches(4, mean=torch.zeros(3), std=torch.ones(3), size=28)
+    seen = list(batches.epoch())
+    assert torch.cat([y for _, y in seen]).tolist() == [0, 0, 0, 1, 1, 1]
+    with Image.open(test.files[0]) as image:
+        wanted = torch.tensor(np.array(image.convert("RGB").resize((32, 32))))[2:30, 2:30]
+    assert (seen[0][0][0].permute(1, 2, 0) * 255 - wanted).abs().mean() < 8  # two ways of resizing
+
+
+def test_a_broken_file_on_disk_is_named_while_it_runs(tmp_path):
+    (photographs(tmp_path) / "train/china/3.jpg").write_bytes(b"no image")
+    train, _ = load(tmp_path, streamed=True)
+    batches = train.batches(4, train=True, mean=torch.zeros(3), std=torch.ones(3), size=32, workers=2)
+    with pytest.raises(ValueError, match=r"^1 broken image files: .*china/3\.jpg: mend or remove them$"):
+        list(batches.epoch())
+
+
+def test_an_image_folder_is_trained_on_and_scored(tmp_path):
+    small = {"model_options": {"width": 0.25}, "image_size": 32, "batch_size": 4, "epochs": 1, "block": "dbb"}
+    root = tmp_path / "cache"
+    photographs(root / "imagenet")
+    line = launch(recipe("imagenet_mobilenet", **small), tmp_path / "run", Hardware(workers=0), root)
+    assert line["data"]["name"] == "imagenet" and line["images"] == {"train": 12, "test": 6}
+    scores = score(tmp_path / "run/model.safetensors", root=root, hardware=Hardware(workers=0))
+    assert scores == {"training": line["test_accuracy"], "folded": line["test_accuracy"]}
+    with pytest.raises(ValueError, match=r"tells 2 classes apart \(china, flower, \.\.\.\), the data has 10"):
+        score(tmp_path / "run/model.safetensors", data="digits")
+
+
+def test_augmentations_of_files_do_not_fit_images_in_memory():
+    with pytest.raises(ValueError, match="is for images on disk, digits is in memory: use none, shift, crop_flip"):
+        Trainer(recipe("digits", augmentation="imagenet"), *load("digits"))
+
+
 def test_as_many_of_each_class():
     part = pictures(21).first_of_each_class(10)
     assert part.labels.bincount().tolist() == [5, 5]
@@ -201,6 +290,39 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(tmp_path
     assert (tmp_path / "resume.pt").read_bytes() == kept
 
 
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), r"out of memory on cpu with batch_size=50: raise accumulate=1"),
+        (OSError(28, "No space left on device"), r"the state cannot be saved \(.*No space left"),
+    ],
+)
+def test_what_ends_a_run_from_outside_is_explained(tmp_path, monkeypatch, error, message):
+    good = Trainer(recipe("digits", **TINY), *load("digits"), tmp_path)
+    good._save()
+    kept = (tmp_path / "resume.pt").read_bytes()
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("os.replace" if isinstance(error, OSError) else "torch.optim.SGD.step", fail)
+    with pytest.raises(TrainingError, match=message):
+        Trainer(recipe("digits", **TINY), *load("digits"), tmp_path).run()
+    assert (tmp_path / "resume.pt").read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == ["resume.pt"]
+
+
+def test_tensorboard_gets_the_curves_or_is_asked_for(tmp_path, monkeypatch):
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *point: written.append(point), flush=lambda: None)
+    fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    launch(recipe("digits", **TINY), tmp_path / "with", tensorboard=True)
+    assert {(name, epoch) for name, _, epoch in written} >= {("train_loss", 1), ("test_accuracy", 2), ("lr", 2)}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard, or leave out"):
+        launch(recipe("digits", **TINY), tmp_path / "without", tensorboard=True)
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path):
     Trainer(recipe("digits", **TINY), *load("digits"), tmp_path)._save()
     with pytest.raises(ValueError, match=r"is of another run, with block='plain'"):
@@ -262,3 +384,35 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, undisturbed, kill
     assert again.wait(300) == 0, again.stderr.read()
     end = torch.load(tmp_path / "end.pt", weights_only=True)
     assert end.keys() == undisturbed.keys() and all(torch.equal(end[name], undisturbed[name]) for name in end)
+
+
+# Several processes
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300, **options)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_two_processes_train_what_one_does():
+    """The same batches, shared; norms that share their statistics; each test image counted once."""
+    one, two = run("-m", "tests.together", cwd=ROOT), run(*TORCHRUN, "-m", "tests.together", cwd=ROOT)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    alone, together = (json.loads(done.stdout.splitlines()[-1]) for done in (one, two))
+    assert (alone.pop("processes"), together.pop("processes")) == (1, 2)
+    assert alone.keys() == together.keys() and len(alone["train_loss"]) == 2
+    for name, values in alone.items():
+        assert together[name] == pytest.approx(values, rel=2e-4), name
+
+
+def test_the_command_runs_under_torchrun_and_leaves_one_record(tmp_path):
+    settings = ["--epochs", "1", "--set", "batch_size=200", "--set", "model_options={'width': 4}"]
+    places = ["--out", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
+    done = run(*TORCHRUN, "-m", "dbb", "train", "digits", *settings, *places, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    (line,) = [json.loads(text) for text in (tmp_path / "results/runs.jsonl").read_text().splitlines()]
+    assert line["processes"] == 2 and line["test_accuracy"] == line["folded_test_accuracy"]

@@ -1,0 +1,193 @@
+"""The matrix of runs: what is done, what is pending, and doing the next ones within a budget."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dbb import matrix
+from dbb.checkpoint import load_model
+from dbb.cli import main
+from dbb.matrix import EXPERIMENTS, Experiment, compare, find_record, reproduce, seconds, state_of
+from dbb.recipes import TrainingRecipe, recipe
+from dbb.results import append, read
+from tests.conftest import ROOT
+
+TINY = recipe("digits", epochs=1, batch_size=100, train_images=200, model_options={"width": 2})
+PAIR = {"plain": {}, "dbb": {"block": "dbb"}}
+EXPERIMENT = Experiment("tiny", "does it run?", TINY, PAIR, seeds=2, device="cpu")
+
+
+def line_of(run: matrix.Run, accuracy: float = 0.5) -> dict:
+    return {"recipe": run.recipe.as_dict(), "device": run.device, "test_accuracy": accuracy, "seconds": 2.0}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder of its own, in which the runs use this package and one thread each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def test_every_run_has_its_own_name_and_a_complete_recipe():
+    runs = matrix.all_runs()
+    assert len({run.name for run in runs}) == len({(run.recipe.name, str(run.recipe), run.device) for run in runs})
+    assert len({run.name for run in runs}) == len(runs) > 100
+
+
+def test_the_experiment_that_decides_compares_equal_epochs_and_equal_time():
+    small = EXPERIMENTS["small_cpu"]
+    assert small.device == "cpu" and small.seeds >= 10 and small.recipe.data == "cifar10_jpeg"
+    assert list(small.variants) == ["plain", "acb", "dbb", "plain_as_long"]
+    assert small.variants["plain_as_long"]["epochs"] > 4 * small.recipe.epochs
+
+
+def test_a_run_is_done_when_its_record_is_there(tmp_path):
+    first, other, *_ = EXPERIMENT.runs
+    assert state_of(first, [], tmp_path) == "pending"
+    assert state_of(first, [line_of(first)], tmp_path) == "done" and find_record(other, [line_of(first)]) is None
+    assert find_record(replace(first, device="cuda"), [line_of(first)]) is None
+    older = line_of(first)
+    del older["recipe"]["image_size"]  # a value that recipes learned later has its default
+    assert find_record(first, [older]) is older
+
+
+def test_what_a_run_waits_for_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (gpu,) = [run for run in EXPERIMENTS["cifar10"].runs if run.name == "cifar10-dbb-3"]
+    assert state_of(gpu, [], tmp_path) == "needs a GPU"
+    (cpu,) = [run for run in EXPERIMENTS["small_cpu"].runs if run.name == "small_cpu-dbb-3"]
+    assert state_of(cpu, [], tmp_path) == f"needs cifar10_jpeg in {tmp_path}"
+    (tmp_path / "cifar10_jpeg").mkdir()
+    assert state_of(cpu, [], tmp_path) == "pending"
+
+
+def test_differences_are_paired():
+    """Two seeds that scatter alike: the difference is known far better than either accuracy."""
+    records = [line_of(run, 0.4 + 0.1 * run.recipe.seed + 0.02 * (run.variant == "dbb")) for run in EXPERIMENT.runs]
+    records[-1]["test_accuracy"] += 0.002
+    plain, dbb = compare(EXPERIMENT, records)
+    assert (plain.mean, plain.spread, plain.difference) == (pytest.approx(0.45), pytest.approx(0.0707, abs=1e-4), None)
+    assert dbb.difference == pytest.approx(0.021) and dbb.seeds == 2
+    # Student's t of one degree of freedom: 12.706 standard errors, of 0.001
+    assert (dbb.low, dbb.high) == (pytest.approx(0.021 - 0.012706, abs=1e-6), pytest.approx(0.021 + 0.012706, abs=1e-6))
+    assert dbb.verdict == "better"
+
+
+@pytest.mark.parametrize("shift, verdict", [(0.02, "better"), (-0.02, "worse"), (0.0, "undecided")])
+def test_a_verdict_leaves_zero_out(shift, verdict):
+    noise = [0.001, -0.001]
+    records = [line_of(run, 0.5 + (shift + noise[run.recipe.seed]) * (run.variant == "dbb")) for run in EXPERIMENT.runs]
+    assert compare(EXPERIMENT, records)[1].verdict == verdict
+
+
+def test_only_seeds_that_all_variants_have_are_compared():
+    records = [line_of(run) for run in EXPERIMENT.runs[:3]]
+    assert [c.seeds for c in compare(EXPERIMENT, records)] == [1, 1]
+    assert compare(EXPERIMENT, records)[1].low is None and compare(EXPERIMENT, records)[1].verdict == ""
+    assert compare(EXPERIMENT, records[:1]) == []
+
+
+@pytest.mark.parametrize("text, wanted", [("90s", 90), ("9m", 540), ("1.5h", 5400)])
+def test_budgets(text, wanted):
+    assert seconds(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["9", "m", "", "nine minutes"])
+def test_bad_budgets_are_refused(text):
+    with pytest.raises(ValueError, match="must be a number and s, m or h"):
+        seconds(text)
+
+
+def test_the_next_runs_are_done_once(here):
+    said: list[str] = []
+    ended = reproduce(EXPERIMENT.runs[:2], 240, here / "results", here, jobs=2, say=said.append)
+    assert sorted(ended["done"]) == ["tiny-dbb-0", "tiny-plain-0"] and not ended["failed"] + ended["stopped"]
+    assert all("test accuracy" in line for line in said)
+    records = read(here / "results")
+    assert [state_of(run, records, here) for run in EXPERIMENT.runs] == ["done", "done", "pending", "pending"]
+    assert reproduce(EXPERIMENT.runs[:2], 60, here / "results", here, say=said.append)["done"] == []
+
+
+def test_a_run_that_fails_is_told_and_leaves_no_record(here):
+    bad = replace(EXPERIMENT.runs[0], recipe=replace(TINY, data="nowhere", seed=7))
+    (here / "nowhere").mkdir()
+    said: list[str] = []
+    assert reproduce([bad], 120, here / "results", here, say=said.append)["failed"] == ["tiny-plain-7"]
+    assert "is no image folder" in said[0] and read(here / "results") == []
+
+
+LONG = Experiment("long", "does it stop?", recipe("digits", epochs=100_000), {"plain": {}}, seeds=1, device="cpu")
+STATE = Path("build/runs/long-plain-0/resume.pt")
+
+
+def stopped(here: Path) -> bool:
+    """Whether the long run was stopped in the middle, with its state saved and no record."""
+    said: list[str] = []
+    try:
+        ended = reproduce(LONG.runs, 300, here / "results", here, jobs=1, say=said.append)
+        assert ended["stopped"] == ["long-plain-0"]
+    except KeyboardInterrupt:
+        pass
+    return "stopped in epoch" in said[0] and STATE.exists() and read(here / "results") == []
+
+
+def test_out_of_time_a_run_is_stopped_with_its_state_saved(here, monkeypatch):
+    real = time.monotonic
+    clock = SimpleNamespace(monotonic=lambda: real() + 1000 * STATE.exists(), sleep=time.sleep)
+    monkeypatch.setattr(matrix, "time", clock)  # time is up as soon as there is something to save
+    assert stopped(here)
+
+
+def test_interrupted_it_leaves_no_run_behind(here, monkeypatch):
+    def sleep(pause: float) -> None:
+        time.sleep(pause)
+        if STATE.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrix, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    assert stopped(here)
+
+
+def test_the_command_lists(here, capsys):
+    run = next(r for r in EXPERIMENTS["small_cpu"].runs if r.name == "small_cpu-dbb-0")
+    append(here / "results", line_of(run, 0.5) | {"test_accuracy": 0.5})
+    assert main(["reproduce", "--list", "--select", "small_cpu-", "--results", "results"]) == 0
+    shown = capsys.readouterr().out
+    assert "small_cpu-dbb-0" in shown and "done 50.00%" in shown and "needs cifar10_jpeg" in shown
+    assert main(["reproduce", "--select", "nothing"]) == 2
+    assert "no run has 'nothing' in its name" in capsys.readouterr().err
+    assert main(["reproduce", "--budget", "9"]) == 2
+
+
+def test_the_records_kept_are_of_runs_of_the_matrix():
+    """What is on file belongs to an experiment, is complete, and was made from a commit without changes."""
+    records = read(ROOT / "data/results")
+    runs = [run for run in matrix.all_runs() if find_record(run, records)]
+    assert len(runs) == len(records) > 0
+    for record in records:
+        assert record["test_accuracy"] == record["folded_test_accuracy"] == record["epochs"][-1]["test_accuracy"]
+        assert len(record["epochs"]) == record["recipe"]["epochs"]
+        assert record["commit"] and not record["commit"].endswith("+")
+        assert json.dumps(record["data"])
+
+
+def test_the_network_that_is_kept_is_that_of_its_record():
+    record = find_record(EXPERIMENTS["small_cpu"].runs[2], read(ROOT / "data/results"))
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    answers = {}
+    for form in ("training", "folded"):
+        path = ROOT / f"data/trained/small_cpu-dbb-0-{form}.safetensors"
+        model, about = load_model(path)
+        assert (about["form"], about["test_accuracy"]) == (form, record["test_accuracy"])
+        assert TrainingRecipe(**about["recipe"]) == EXPERIMENTS["small_cpu"].runs[2].recipe
+        assert path.stat().st_size < 2_500_000
+        answers[form] = model(x).detach()
+    torch.testing.assert_close(answers["training"], answers["folded"], rtol=1e-4, atol=1e-4)

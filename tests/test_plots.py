@@ -1,0 +1,87 @@
+"""What the drawings say is what the numbers are, where a picture could be turned or scaled without anybody noticing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
+
+from dbb import Affine, plots
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+def test_spectrum_of_an_average_along_the_rows(ax):
+    """Zero for stripes of period 3 across, one for stripes down."""
+    image = plots.spectrum(torch.full((1, 3), 1 / 3), ax, limit=2).images[0]
+    response = torch.as_tensor(image.get_array())
+    left, right, bottom, top = image.get_extent()
+    assert (left, right, bottom, top, image.get_clim()) == (-0.5, 0.5, 0.5, -0.5, (0, 2))
+    middle, third = len(response) // 2, round(len(response) / 3)
+    assert response[middle, middle] == pytest.approx(1)
+    assert response[middle, middle + third] < 0.01
+    assert torch.allclose(response[:, middle], torch.ones(1))
+
+
+def test_spectrum_takes_kernels_of_any_size(ax):
+    response = plots.spectrum(torch.ones(1, 300), ax).images[0].get_array()
+    assert response.max() == 300
+
+
+def test_response_curves(ax):
+    """Several kernels by the root of the mean of squares; names apart even where lines end at one place."""
+    average = torch.full((2, 3), 1 / 6)
+    plots.response_curves({"kxk": torch.stack([average, 3 * average])[:, None], "other": average}, ax)
+    (branch, single), (low, high) = ax.lines, ax.texts
+    frequency, response = (torch.as_tensor(values) for values in single.get_data())
+    expected = torch.sin(3 * math.pi * frequency) / (3 * torch.sin(math.pi * frequency))
+    torch.testing.assert_close(response[1:], expected[1:].abs().to(response), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.as_tensor(branch.get_ydata()), math.sqrt(5) * response)
+    assert branch.get_color() == plots.BRANCH_COLOURS["kxk"]
+    assert {low.get_text(), high.get_text()} == {"K×K", "other"}
+    assert abs(low.get_position()[1] - high.get_position()[1]) > 0.1
+
+
+def test_sampling_grid_marks_the_pixels_that_outputs_depend_on(ax):
+    """Marks by gradient, padding in grey, one frame for each output."""
+    maps = {
+        "large": Affine(torch.ones(1, 1, 3, 2), stride=2, padding=((1, 1), (2, 0)), dilation=(1, 2)),
+        "small": Affine(torch.ones(1, 1, 1, 1), stride=2),
+    }
+    outputs = [(0, 0), (1, 2)]
+    plots.sampling_grid(maps, (5, 6), outputs, ax)
+    x = torch.zeros(1, 1, 5, 6, requires_grad=True)
+    sum(a(x)[0, 0, t, u] for a in maps.values() for t, u in outputs).backward()
+    boxes = {kind: [p.get_extents() for p in ax.patches if type(p) is kind] for kind in (PathPatch, FancyBboxPatch)}
+    places = [ax.transData.inverted().transform((b.x0 + b.x1, b.y0 + b.y1) / np.array(2)) for b in boxes[PathPatch]]
+    marks = Counter((round(row), round(column)) for column, row in places)
+    inside = {at: n for at, n in marks.items() if 0 <= at[0] < 5 and 0 <= at[1] < 6}
+    assert inside == {tuple(at): int(x.grad[0, 0, *at]) for at in x.grad[0, 0].nonzero().tolist()}
+    assert sum(marks.values()) == 2 * (6 + 1) and len(boxes[FancyBboxPatch]) == 2
+    pixels = [p for p in ax.patches if type(p) is Rectangle]
+    assert (len(pixels), sum(p.get_facecolor() == (1, 1, 1, 1) for p in pixels)) == (7 * 8, 5 * 6)
+
+
+def test_curves_leave_out_what_was_not_measured(ax):
+    plots.curves({"plain": [3.0, None, 1.0], "mine": [2.0, 2.0, 2.0]}, ax)
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 3], [3, 1]], [[1, 2], [2, 2], [3, 2]]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "mine"]
+    assert ax.lines[0].get_color() == plots.VARIANTS["plain"][0]
+
+
+def test_strip_joins_equal_seeds(ax):
+    """A seed that one variant lacks is a dot without a line; the bars stand at the means."""
+    plots.strip({"plain": {0: 1.0, 1: 2.0}, "dbb": {1: 5.0, 2: 7.0}}, ax)
+    joined, *means = [line.get_xydata().tolist() for line in ax.lines]
+    assert joined == [[0, 2], [1, 5]]
+    assert [mean[0][1] for mean in means] == [1.5, 6]
+    assert [dots.get_offsets().tolist() for dots in ax.collections] == [[[0, 1], [0, 2]], [[1, 5], [1, 7]]]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["plain", "DBB"]
