@@ -28,7 +28,7 @@ update: setup  ## the same, and keep the outputs in notebooks/, ready to commit
 	$(BIN)/dbb figures --update --jobs $(JOBS)
 
 test: setup  ## run all tests, among them every notebook through papermill
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

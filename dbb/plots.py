@@ -83,6 +83,30 @@ def photograph(x: Tensor, ax: Axes | None = None, title: str = "") -> Axes:
     return ax
 
 
+def tiles(rows: Mapping[str, Sequence[Tensor | None]], ax: Axes | None = None, title: str = "") -> Axes:
+    """Colour images "3 h w" on grey, a named row each; smaller ones fill less of their place, None leaves it empty."""
+    side = max(max(x.shape[1:]) for images in rows.values() for x in images if x is not None)
+    gap = side // 12 + 1
+    step, columns = side + gap, max(map(len, rows.values()))
+    sheet = torch.full((3, len(rows) * step + gap, columns * step + gap), 0.88)
+    for row, images in enumerate(rows.values()):
+        for column, x in enumerate(images):
+            if x is not None:
+                place = sheet[:, row * step + gap :, column * step + gap :]
+                place[:, : x.shape[1], : x.shape[2]] = x.detach().cpu()
+    ax = photograph(sheet, ax, title)
+    for row, name in enumerate(rows):
+        ax.text(-gap, (row + 0.5) * step + gap / 2, name, ha="right", va="center", color=INK)
+    return ax
+
+
+def frame(
+    ax: Axes, corner: tuple[float, float], size: tuple[float, float], colour: str = ORANGE, line: str = "-"
+) -> None:
+    """Outline a part of a picture: its left and top, its width and height, in pixels."""
+    ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2, linestyle=line))
+
+
 def feature_map(x: Tensor, ax: Axes | None = None, title: str = "", limits: tuple[float, float] | None = None) -> Axes:
     """One channel of activations "h w", bright for large; `limits` share a scale between panels."""
     ax = _bare(ax, title)

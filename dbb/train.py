@@ -107,7 +107,7 @@ class Trainer:
     say: takes each epoch's measurements, a dict
     tick: called after each step
 
-    Raises ValueError for a folder that holds another run.
+    Raises ValueError for a folder that holds another run, or not the same for all processes.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class Trainer:
         self._make_model(synchronise)
         self.state = State()
         self._resume()
+        self._check_together()
 
     def _make_batches(self) -> None:
         mean, std = self.train_images.mean_and_std()
@@ -317,6 +318,20 @@ class Trainer:
         if self.average:
             self.average.load_state_dict(saved["average"])
         self.state = State(**saved["state"])
+
+    def _check_together(self) -> None:
+        """Refuse to go on where processes stand at different steps, as where a machine sees another folder."""
+        if self.world == 1:
+            return
+        here = torch.tensor((self.state.epoch, self.state.step), device=self.hardware.device)
+        places = [torch.empty_like(here) for _ in range(self.world)]
+        dist.all_gather(places, here)
+        found = sorted({tuple(place.tolist()) for place in places})
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.folder} holds different states for different processes, at (epoch, step) "
+                f"{', '.join(map(str, found))}: give a folder that all machines see"
+            )
 
     def data_facts(self) -> dict:
         """The name and the fingerprints of the data."""

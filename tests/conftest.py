@@ -46,6 +46,17 @@ def pytest_runtest_logreport(report):
     SECONDS[report.nodeid.partition("::")[0]] += report.duration
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes: it hands its times to the first
+        session.config.workeroutput["notebooks"] = {tool: dict(times) for tool, times in NOTEBOOKS.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for tool, times in getattr(node, "workeroutput", {}).get("notebooks", {}).items():
+        NOTEBOOKS[tool].update(times)
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("where the time went")
     for file, seconds in sorted(SECONDS.items(), key=lambda item: -item[1]):

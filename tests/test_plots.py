@@ -70,6 +70,17 @@ def test_sampling_grid_marks_the_pixels_that_outputs_depend_on(ax):
     assert (len(pixels), sum(p.get_facecolor() == (1, 1, 1, 1) for p in pixels)) == (7 * 8, 5 * 6)
 
 
+def test_tiles_lie_in_their_rows(ax):
+    """One number a tile, a smaller one in the corner of its place, none where there is none."""
+    small, large = torch.full((3, 6, 9), 0.25), torch.full((3, 12, 12), 0.5)
+    sheet = torch.as_tensor(plots.tiles({"a": [large, small], "b": [None, large]}, ax).images[0].get_array())
+    assert sheet.shape == (2 + 2 * 14, 2 + 2 * 14, 3)
+    for value, rows, columns in ((0.5, (2, 14), (2, 14)), (0.25, (2, 8), (16, 25)), (0.5, (16, 28), (16, 28))):
+        assert (sheet[slice(*rows), slice(*columns)] == value).all()
+    assert (sheet > 0.8).sum() == sheet.numel() - 3 * (2 * 144 + 54)
+    assert [(text.get_text(), text.get_position()) for text in ax.texts] == [("a", (-2, 8)), ("b", (-2, 22))]
+
+
 def test_curves_leave_out_what_was_not_measured(ax):
     plots.curves({"plain": [3.0, None, 1.0], "mine": [2.0, 2.0, 2.0]}, ax)
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 3], [3, 1]], [[1, 2], [2, 2], [3, 2]]]

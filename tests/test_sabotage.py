@@ -276,6 +276,22 @@ FAULTS = [
         "tests/test_fold.py::test_layer[concat]",
         "07",
     ),
+    Fault(
+        "every process reads the same images",
+        "imagenet.py",
+        "places[self.rank :: self.world]",
+        "places[:: self.world]",
+        "tests/test_train.py::test_streamed_batches_depend_on_seed_epoch_and_step_alone[imagenet]",
+        "12",
+    ),
+    Fault(
+        "lighting mixes up colours and their axes",
+        "imagenet.py",
+        "torch.tensor(EIGENVECTORS) @ multiples",
+        "multiples @ torch.tensor(EIGENVECTORS)",
+        "tests/test_train.py::test_strong_augmentation_changes_colours",
+        "12",
+    ),
 ]
 TAUGHT = [fault for fault in FAULTS if fault.notebook]
 

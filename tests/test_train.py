@@ -19,6 +19,7 @@ from torch import nn
 
 from dbb import reparameterize
 from dbb.checkpoint import load_model, save_model
+from dbb.cli import main
 from dbb.data import Batches, ImageSet, load, shifted
 from dbb.imagenet import Lighting, for_training
 from dbb.recipes import RECIPES, recipe
@@ -386,6 +387,44 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, undisturbed, kill
     assert end.keys() == undisturbed.keys() and all(torch.equal(end[name], undisturbed[name]) for name in end)
 
 
+# The commands
+
+
+def test_the_commands_train_go_on_and_score(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    call = ["train", "digits", "--block", "acb", "--epochs", "1", "--seed", "3", "--data", "digits", "--out", out]
+    call += ["--set", "train_images=200", "--channels-last", "--accumulate", "2", "--workers", "0"]
+    assert main([*call, "--results", str(tmp_path / "results")]) == 0
+    first = capsys.readouterr().out
+    assert main(call) == 0  # it was finished: says the same again, trains nothing
+    assert capsys.readouterr().out == first and "test accuracy" in first
+    (line,) = [json.loads(text) for text in (tmp_path / "results/runs.jsonl").read_text().splitlines()]
+    assert (line["recipe"]["block"], line["recipe"]["seed"], line["settings"]["channels_last"]) == ("acb", 3, True)
+    assert main(["eval", f"{out}/model.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == "".join(f"{form}: test accuracy {line['test_accuracy']:.2%}\n" for form in ("training", "folded"))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (["train", "nothing"], "no recipe 'nothing'"),
+        (["train", "digits", "--set", "momentun=1"], "a recipe has no 'momentun'"),
+        (["train", "digits", "--block", "vgg"], "block='vgg' is not known"),
+        (["train", "digits", "--device", "cuda:99"], "device='cuda:99' cannot be used here"),
+        (["train", "digits", "--precision", "float8"], "precision='float8' is not known"),
+        (["train", "digits", "--data", "nowhere"], "nowhere is no image folder"),
+        (["eval", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+    ],
+)
+def test_a_wrong_call_is_answered_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, call, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(call) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 # Several processes
 
 
@@ -406,6 +445,28 @@ def test_two_processes_train_what_one_does():
     assert alone.keys() == together.keys() and len(alone["train_loss"]) == 2
     for name, values in alone.items():
         assert together[name] == pytest.approx(values, rel=2e-4), name
+
+
+APART = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+from dbb.data import load
+from dbb.recipes import recipe
+from dbb.train import Trainer
+dist.init_process_group("gloo")
+Trainer(recipe("digits", **{tiny!r}), *load("digits"), Path(sys.argv[1], os.environ["RANK"]))
+"""
+
+
+def test_machines_that_see_different_folders_are_refused(tmp_path):
+    first = Trainer(recipe("digits", **TINY), *load("digits"), tmp_path / "0")
+    first.state.step = 3
+    first._save()
+    (tmp_path / "apart.py").write_text(APART.format(tiny=TINY))
+    done = run(*TORCHRUN, str(tmp_path / "apart.py"), str(tmp_path), cwd=tmp_path)
+    assert done.returncode != 0
+    assert "at (epoch, step) (0, 0), (0, 3): give a folder that all machines see" in done.stderr
 
 
 def test_the_command_runs_under_torchrun_and_leaves_one_record(tmp_path):

@@ -1,7 +1,7 @@
 """A short training, alone or under torchrun, that prints its curves: run as `-m tests.together`.
 
-`nn.SyncBatchNorm` wants a GPU. So that a CPU can tell whether processes train what one would, the norms here share
-their statistics over gloo, differentiably.
+`nn.SyncBatchNorm` wants a GPU, and takes part where each process has one. So that a CPU can tell whether processes
+train what one would, the norms here share their statistics over gloo, differentiably.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.nn.functional import all_reduce
 from dbb.data import load
 from dbb.fold import RULES, rule
 from dbb.recipes import recipe
-from dbb.train import Trainer
+from dbb.train import Hardware, Trainer
 
 
 class SharedNorm(nn.BatchNorm2d):
@@ -52,13 +52,15 @@ def share_norms(model: nn.Module) -> nn.Module:
 def main() -> None:
     torch.set_num_threads(1)
     together = "RANK" in os.environ
+    gpus = torch.cuda.device_count() > 1
     if together:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if gpus else "gloo")
+    hardware = Hardware(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
+    share = share_norms if together and not gpus else None  # on GPUs the trainer takes SyncBatchNorm by itself
     small = {"block": "dbb", "epochs": 2, "batch_size": 100, "train_images": 300, "model_options": {"width": 4}}
     # 397 test images, an odd number: one process gets one more
-    trainer = Trainer(
-        recipe("digits", lr=0.02, **small), *load("digits"), synchronise=share_norms if together else None
-    )
+    chosen = recipe("digits", lr=0.02, **small)
+    trainer = Trainer(chosen, *load("digits"), hardware=hardware, synchronise=share)
     trainer.run()
     if trainer.rank == 0:
         curves = {name: [line[name] for line in trainer.state.history] for name in ("train_loss", "test_loss")}
