@@ -401,6 +401,10 @@ def score(
     hardware = hardware or Hardware()
     model, about = load_model(checkpoint, hardware.device)
     recipe = TrainingRecipe(**about["recipe"])
+    if "normalised_by" not in about:
+        raise ValueError(
+            f"{checkpoint} does not say what its images were normalised by: score one of `dbb train`'s files"
+        )
     _, images = load(data or recipe.data, root, recipe.streamed)
     if images.classes != tuple(about["classes"]):
         raise ValueError(

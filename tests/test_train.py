@@ -22,6 +22,7 @@ from dbb.checkpoint import load_model, save_model
 from dbb.cli import main
 from dbb.data import Batches, ImageSet, load, shifted
 from dbb.imagenet import Lighting, for_training
+from dbb.models import build_model
 from dbb.recipes import RECIPES, recipe
 from dbb.train import Hardware, Trainer, TrainingError, launch, parameter_groups, score
 from tests.conftest import ROOT
@@ -194,6 +195,14 @@ def test_an_image_folder_is_trained_on_and_scored(tmp_path):
     assert scores == {"training": line["test_accuracy"], "folded": line["test_accuracy"]}
     with pytest.raises(ValueError, match=r"tells 2 classes apart \(china, flower, \.\.\.\), the data has 10"):
         score(tmp_path / "run/model.safetensors", data="digits")
+
+
+def test_a_model_that_was_saved_by_hand_is_not_scored(tmp_path):
+    small = recipe("digits", model_options={"width": 4})
+    classes = tuple("0123456789")
+    save_model(tmp_path / "by_hand.safetensors", build_model("digits_net", 10, width=4), small, classes)
+    with pytest.raises(ValueError, match="does not say what its images were normalised by"):
+        score(tmp_path / "by_hand.safetensors")
 
 
 def test_augmentations_of_files_do_not_fit_images_in_memory():
