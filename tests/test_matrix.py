@@ -128,22 +128,20 @@ LONG = Experiment("long", "does it stop?", recipe("digits", epochs=100_000), {"p
 STATE = Path("build/runs/long-plain-0/resume.pt")
 
 
-def stopped(here: Path) -> bool:
-    """Whether the long run was stopped in the middle, with its state saved and no record."""
-    said: list[str] = []
-    try:
-        ended = reproduce(LONG.runs, 300, here / "results", here, jobs=1, say=said.append)
-        assert ended["stopped"] == ["long-plain-0"]
-    except KeyboardInterrupt:
-        pass
-    return "stopped in epoch" in said[0] and STATE.exists() and read(here / "results") == []
+def run_long(here: Path, said: list[str]) -> dict[str, list[str]]:
+    return reproduce(LONG.runs, 300, here / "results", here, jobs=1, say=said.append)
+
+
+def assert_stopped_with_its_state(here: Path, said: list[str]) -> None:
+    assert "stopped in epoch" in said[0] and STATE.exists() and read(here / "results") == []
 
 
 def test_out_of_time_a_run_is_stopped_with_its_state_saved(here, monkeypatch):
-    real = time.monotonic
+    real, said = time.monotonic, []
     clock = SimpleNamespace(monotonic=lambda: real() + 1000 * STATE.exists(), sleep=time.sleep)
     monkeypatch.setattr(matrix, "time", clock)  # time is up as soon as there is something to save
-    assert stopped(here)
+    assert run_long(here, said)["stopped"] == ["long-plain-0"]
+    assert_stopped_with_its_state(here, said)
 
 
 def test_interrupted_it_leaves_no_run_behind(here, monkeypatch):
@@ -152,8 +150,11 @@ def test_interrupted_it_leaves_no_run_behind(here, monkeypatch):
         if STATE.exists():
             raise KeyboardInterrupt
 
+    said: list[str] = []
     monkeypatch.setattr(matrix, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-    assert stopped(here)
+    with pytest.raises(KeyboardInterrupt):
+        run_long(here, said)
+    assert_stopped_with_its_state(here, said)
 
 
 def test_the_command_lists(here, capsys):
