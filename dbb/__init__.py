@@ -8,7 +8,7 @@ from dbb.affine import Affine, concat, direct_sum
 from dbb.blocks import ACBlock, BranchBlock, ConvBlock, DiverseBranchBlock, RepVGGBlock
 from dbb.fold import fold, rule
 from dbb.layers import BiasPad, Concat, IdentityBasedConv1x1, Parallel
-from dbb.surgery import reparameterize
+from dbb.surgery import check_optimizer, reparameterize, replace_convs, survey_convs
 from dbb.verify import assert_equivalent, cost, randomize_norms_, report
 
 __version__ = "0.1.0"
@@ -25,12 +25,15 @@ __all__ = [
     "Parallel",
     "RepVGGBlock",
     "assert_equivalent",
+    "check_optimizer",
     "concat",
     "cost",
     "direct_sum",
     "fold",
     "randomize_norms_",
     "reparameterize",
+    "replace_convs",
     "report",
     "rule",
+    "survey_convs",
 ]

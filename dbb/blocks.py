@@ -274,6 +274,8 @@ class ConvBlock(BranchBlock):
     For a kind of block of your own, subclass it and say its `recipes`; this one has a single branch, KxK and norm.
     """
 
+    origin = None  # what the block took the place of, where `dbb.surgery` put it into a model
+
     def __init__(
         self,
         in_channels: int,
@@ -322,7 +324,8 @@ class ConvBlock(BranchBlock):
     def from_conv(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, **options) -> Self:
         """A block with the geometry, device, dtype and mode of `conv`; its weight and `bn` go into the "kxk" branch.
 
-        The other branches start fresh, so the output changes: `init_gamma` weighs them.
+        The other branches start fresh, so the output changes: `init_gamma` weighs them. All norms of the block take
+        the eps and the momentum of `bn`. Raises ValueError for a `conv` that is no plain `nn.Conv2d`.
         """
         if type(conv) is not nn.Conv2d:
             raise ValueError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}: its forward may differ")
@@ -331,6 +334,8 @@ class ConvBlock(BranchBlock):
         block = cls(*shape, conv.groups, **like, **options).train(conv.training)
         if block.branches is not None and "kxk" in dict(block.branches.named_children()):
             _adopt(block.branches["kxk"], conv, bn)
+        for norm in (m for m in block.modules() if bn is not None and isinstance(m, nn.BatchNorm2d)):
+            norm.eps, norm.momentum = bn.eps, bn.momentum
         return block
 
     def forward(self, x: Tensor) -> Tensor:
@@ -457,6 +462,33 @@ class RepVGGBlock(ConvBlock):
         return [name for name in cls.recipes(spec) if keeps_shape or name != "identity"]
 
 
+Block = str | Callable[..., nn.Module]
+
+BLOCKS: dict[str, type[ConvBlock]] = {
+    "plain": ConvBlock,
+    "acb": ACBlock,
+    "dbb": DiverseBranchBlock,
+    "repvgg": RepVGGBlock,
+}
+
+
+def block_type(block: Block) -> Callable[..., nn.Module]:
+    """The class that a name means; a class, or a function with `nn.Conv2d`'s arguments, stands for itself.
+
+    Raises ValueError for an unknown name.
+    """
+    if not isinstance(block, str):
+        return block
+    if block not in BLOCKS:
+        raise ValueError(f"block={block!r} is not known: choose from {', '.join(BLOCKS)}, or give a class")
+    return BLOCKS[block]
+
+
+def takes_block(kernel_size: int) -> bool:
+    """Whether the paper replaces a convolution of this size (section 4.1)."""
+    return 1 < kernel_size < 7
+
+
 def _build(
     recipes: Mapping[str, Recipe],
     chosen: Iterable[str] | Mapping[str, str | Recipe] | None,
@@ -500,13 +532,18 @@ def _check_windows(branches: Affine, spec: ConvSpec) -> None:
 
 @torch.no_grad()
 def _adopt(branch: nn.Sequential, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
-    """Make a conv-norm branch compute what `conv` and `bn` compute; a bias moves behind the norm's mean."""
+    """Make a conv-norm branch compute what `conv` and `bn` compute in eval mode."""
     branch.conv.weight.copy_(conv.weight)
-    if bn is not None:
-        branch.bn.load_state_dict(bn.state_dict())
-        branch.bn.eps, branch.bn.momentum = bn.eps, bn.momentum
+    if bn is None:
+        branch.bn.running_var.fill_(1 - branch.bn.eps)  # so that the norm's root is one
+        if conv.bias is not None:
+            branch.bn.bias.copy_(conv.bias)
+        return
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        if getattr(bn, name) is not None:
+            getattr(branch.bn, name).copy_(getattr(bn, name))
     if conv.bias is not None:
-        branch.bn.running_mean.sub_(conv.bias)
+        branch.bn.running_mean.sub_(conv.bias)  # a bias in front of a norm only moves the mean
 
 
 def _example(block: BranchBlock) -> Tensor:

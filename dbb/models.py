@@ -11,33 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dbb.blocks import ACBlock, ConvBlock, DiverseBranchBlock, RepVGGBlock
-
-Block = str | Callable[..., nn.Module]
-
-BLOCKS: dict[str, type[ConvBlock]] = {
-    "plain": ConvBlock,
-    "acb": ACBlock,
-    "dbb": DiverseBranchBlock,
-    "repvgg": RepVGGBlock,
-}
-
-
-def takes_block(kernel_size: int) -> bool:
-    """Whether the paper replaces a convolution of this size (section 4.1)."""
-    return 1 < kernel_size < 7
-
-
-def block_type(block: Block) -> Callable[..., nn.Module]:
-    """The class that a name means; a class, or a function with `nn.Conv2d`'s arguments, stands for itself.
-
-    Raises ValueError for an unknown name.
-    """
-    if not isinstance(block, str):
-        return block
-    if block not in BLOCKS:
-        raise ValueError(f"block={block!r} is not known: choose from {', '.join(BLOCKS)}, or give a class")
-    return BLOCKS[block]
+from dbb.blocks import Block, ConvBlock, block_type, takes_block
+from dbb.surgery import replace_convs
 
 
 def convolution(
@@ -115,14 +90,14 @@ def resnet18(num_classes: int = 1000, block: Block = "plain") -> nn.Module:
     """torchvision's ResNet-18 with a block for each 3x3 convolution and its batch norm."""
     from torchvision.models import resnet18 as build
 
-    return _with_blocks(build(weights=None, num_classes=num_classes), block, ("conv1", "conv2"))
+    return replace_convs(build(weights=None, num_classes=num_classes), block, inplace=True, say=None)
 
 
 def resnet50(num_classes: int = 1000, block: Block = "plain") -> nn.Module:
     """torchvision's ResNet-50 with a block for each 3x3 convolution and its batch norm."""
     from torchvision.models import resnet50 as build
 
-    return _with_blocks(build(weights=None, num_classes=num_classes), block, ("conv2",))
+    return replace_convs(build(weights=None, num_classes=num_classes), block, inplace=True, say=None)
 
 
 def small_resnet(num_classes: int = 10, block: Block = "plain", width: int = 16, depth: int = 1) -> nn.Sequential:
@@ -176,15 +151,3 @@ def build_model(name: str, num_classes: int, block: Block = "plain", **options) 
 
 def _scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
-
-
-def _with_blocks(resnet: nn.Module, block: Block, names: tuple[str, ...]) -> nn.Module:
-    """Put a block in the place of each convolution of those names, and nothing in the place of its batch norm."""
-    kind = block_type(block)
-    for module in (m for m in resnet.modules() if hasattr(m, "downsample")):
-        for name in names:
-            conv = getattr(module, name)
-            shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-            setattr(module, name, kind(*shape, conv.groups))
-            setattr(module, name.replace("conv", "bn"), nn.Identity())
-    return resnet

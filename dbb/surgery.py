@@ -1,53 +1,486 @@
-"""Whole models: blocks out of them (and, later, into them)."""
+"""Whole models: blocks into them, and out of them again.
+
+The order that works: surgery, SyncBatchNorm, optimizer, DDP, compile. An optimizer holds parameters, not names: one
+that was built before surgery goes on training layers that no longer stand in the model. `check_optimizer` tells.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
+import re
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from dbb.blocks import BranchBlock
+from dbb.blocks import Block, BranchBlock, ConvBlock, DiverseBranchBlock, block_type, takes_block
+from dbb.fold import fold
+from dbb.pairs import Readers, find_pairs, skeleton
 
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+# Batch norms whose forward is known: torch's, and timm's, which end in a dropout and an activation.
+PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS_WITH_MORE = ("BatchNormAct2d", "SyncBatchNormAct")
+
+Where = Callable[[str, nn.Conv2d], bool] | str
+Pairs = Mapping[str, str | None]
 
 
-def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
+# Blocks in
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What surgery does with one convolution: replace it and its norm, or leave it alone for a reason."""
+
+    name: str
+    conv: nn.Conv2d
+    norm: str | None
+    reason: str
+
+    @property
+    def replaced(self) -> bool:
+        """Whether it is replaced."""
+        return not self.reason
+
+    def __str__(self) -> str:
+        c = self.conv
+        size, stride = ("x".join(map(str, pair)) for pair in (c.kernel_size, c.stride))
+        shape = f"{c.in_channels} -> {c.out_channels}, {size}, stride {stride}, groups {c.groups}"
+        end = f"with {self.norm or 'no norm'}" if self.replaced else f"left alone: {self.reason}"
+        return f"{self.name or 'the model itself'} ({shape}) {end}"
+
+
+class Survey(tuple[Choice, ...]):
+    """Every convolution of a model and what surgery does with it. `str` is one line each, `summary` a few in all."""
+
+    @property
+    def replaced(self) -> list[Choice]:
+        """Those that are replaced."""
+        return [choice for choice in self if choice.replaced]
+
+    def summary(self) -> str:
+        """How many are replaced, and how many are left alone for which reason."""
+        left = defaultdict(list)
+        for choice in self:
+            if not choice.replaced:
+                left[choice.reason].append(choice.name or "the model itself")
+        lines = [f"{len(self.replaced)} of {len(self)} convolutions replaced"]
+        for reason, names in left.items():
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            lines.append(f"  {len(names)} left alone, {reason}: {shown}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def survey_convs(
+    model: nn.Module,
+    block: Block = DiverseBranchBlock,
+    where: Where | None = None,
+    pairs: Pairs | None = None,
+    **options,
+) -> Survey:
+    """What `replace_convs` would do with every `nn.Conv2d` of the model, and why; nothing is changed.
+
+    Arguments and errors as those of `replace_convs`, but that no convolution need be chosen.
+    """
+    _refuse_wrapped(model, "put the blocks into")
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError("the model has lazy layers without weights: send one batch through it first")
+    kind, chosen = block_type(block), _selector(where)
+    if not hasattr(kind, "from_conv"):
+        raise ValueError(f"block={block!r} cannot take the place of a convolution: give a subclass of dbb.ConvBlock")
+    readers = _with_pairs_by_hand(model, find_pairs(model), pairs or {})
+    owners = _owners_of_parameters(model)
+    choices = []
+    for name, reader in readers.items():
+        conv = model.get_submodule(name)
+        reason = (
+            _not_chosen(name, conv, where, chosen)
+            or _no_plain_conv(conv, owners)
+            or reader.reason
+            or _no_plain_norm(conv, reader.norm and model.get_submodule(reader.norm), owners)
+            or _no_block(kind, conv, options)
+        )
+        choices.append(Choice(name, conv, reader.norm, reason))
+    return Survey(choices)
+
+
+def replace_convs(
+    model: nn.Module,
+    block: Block = DiverseBranchBlock,
+    where: Where | None = None,
+    inplace: bool = False,
+    preserve: bool = False,
+    pairs: Pairs | None = None,
+    say: Callable[[str], None] | None = print,
+    **options,
+) -> nn.Module:
+    """The model with a block in the place of each chosen convolution and the batch norm that reads it.
+
+    block: a subclass of `ConvBlock`, or its name: "dbb", "acb", "repvgg", "plain"
+    where: which convolutions, as `where(name, conv)`, a pattern of names ("layer1.*") or "re:" and a regular
+        expression that a name holds; default those with 1 < K < 7, as in the paper (section 4.1)
+    inplace: change the model itself; default a copy. A convolution as root is answered as its block either way
+    preserve: start as what the model computes now, in eval mode: the other branches' last scales are zero
+    pairs: convolution and batch norm by name, where the model cannot be traced; None instead of a norm's name
+        replaces a convolution that has none
+    say: is told what was replaced, what was left alone, and why; None for silence. See `survey_convs`
+    options: of the block
+
+    A convolution's weights, and its norm's, go into the block's "kxk" branch. Device, dtype, mode, hooks and
+    `requires_grad` are kept; a layer used in several places stays one layer. Where the norm was there stands an
+    `Absorbed`, so that names do not move. Build the optimizer afterwards: a warning names one that was built before.
+
+    Raises ValueError where no convolution is chosen, for a wrapped model, and for names that do not exist.
+    """
+    survey = survey_convs(model, block, where, pairs, **options)
+    if not survey.replaced:
+        raise ValueError(f"there is nothing to replace: {survey.summary() if survey else 'no nn.Conv2d in the model'}")
+    _warn_of_optimizers(model)
+    model = model if inplace else copy.deepcopy(model)
+    new: dict[int, nn.Module] = {}
+    for choice in survey.replaced:
+        conv = model.get_submodule(choice.name)
+        norm = None if choice.norm is None else model.get_submodule(choice.norm)
+        new |= _block_for(conv, norm, block_type(block), preserve, options)
+    if say:
+        say(survey.summary())
+    return _swap(model, new)
+
+
+class Absorbed(nn.Sequential):
+    """The place of a batch norm that lives in a block now: answers its input, or what else the norm did to it."""
+
+    def fuse(self) -> nn.Module:
+        """What stays of it in the folded model; timm's `reparameterize_model` asks by this name."""
+        rest = [child for child in self if not isinstance(child, nn.Identity)]
+        if len(rest) > 1:
+            return nn.Sequential(*rest).train(self.training)
+        return rest[0] if rest else nn.Identity()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a block stands for: the layers that it took the place of, without their weights, and the norm's place."""
+
+    conv: nn.Conv2d
+    norm: _BatchNorm | None
+    place: Absorbed | None
+
+
+@torch.no_grad()
+def _block_for(
+    conv: nn.Conv2d, norm: _BatchNorm | None, kind: type[ConvBlock], preserve: bool, options: dict
+) -> dict[int, nn.Module]:
+    """The block for a pair, and what stands in the norm's place, by the id of what they replace."""
+    block = kind.from_conv(conv, norm, **options)
+    if preserve:
+        _silence_others(block)
+    if isinstance(norm, nn.SyncBatchNorm):
+        block = nn.SyncBatchNorm.convert_sync_batchnorm(block, norm.process_group)
+    if _channels_last(conv.weight):
+        block = block.to(memory_format=torch.channels_last)
+    mode = conv if norm is None else norm
+    learns = any(p.requires_grad for layer in (conv, norm) if layer is not None for p in layer.parameters())
+    block.train(mode.training).requires_grad_(learns)
+    _move_hooks(conv, block)
+    place = None
+    if norm is not None:
+        place = Absorbed(OrderedDict(norm.named_children())).train(norm.training)
+        _move_hooks(norm, place)
+    block.origin = Origin(skeleton(conv), None if norm is None else skeleton(norm), place)
+    return {id(conv): block} | ({id(norm): place} if norm is not None else {})
+
+
+def _silence_others(block: ConvBlock) -> None:
+    """Leave only the "kxk" branch to be heard. Raises ValueError where the block cannot start so."""
+    branches = dict(block.branches.named_children()) if block.branches is not None else {}
+    if "kxk" not in branches:
+        raise ValueError(
+            f'preserve=True keeps the trained weights in the branch "kxk", which {type(block).__name__} does not have '
+            f"here ({', '.join(branches) or 'it is folded'}): add it to branches, or leave preserve out"
+        )
+    block.init_gamma({name: 0.0 for name in branches if name != "kxk"})
+    for name, branch in branches.items():
+        if name != "kxk" and any(t is not None and t.any() for t in (fold(branch).weight, fold(branch).bias)):
+            raise ValueError(
+                f"preserve=True silences a branch by the scale of its last norm, which does not silence {name!r}: let "
+                f"the branch end in a batch norm with no shift, or leave preserve out"
+            )
+
+
+def _selector(where: Where | None) -> Callable[[str, nn.Conv2d], bool]:
+    if where is None:
+        return lambda name, conv: takes_block(max(conv.kernel_size))
+    if callable(where):
+        return where
+    if not isinstance(where, str):
+        raise ValueError(f'where={where!r} is no rule: give where(name, conv), "layer1.*" or "re:conv[12]$"')
+    if not where.startswith("re:"):
+        return lambda name, conv: fnmatchcase(name, where)
+    try:
+        pattern = re.compile(where.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"where={where!r} is no regular expression: {error}") from error
+    return lambda name, conv: pattern.search(name) is not None
+
+
+# Why a convolution is left alone: a sentence, or nothing
+
+
+def _not_chosen(name: str, conv: nn.Conv2d, where: Where | None, chosen: Callable[[str, nn.Conv2d], bool]) -> str:
+    if chosen(name, conv):
+        return ""
+    if where is not None:
+        return "not chosen by where" if callable(where) else f"not chosen by where={where!r}"
+    return f"kernel {'x'.join(map(str, conv.kernel_size))}, outside of 1 < K < 7"
+
+
+def _no_plain_conv(conv: nn.Conv2d, owners: Mapping[int, int]) -> str:
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is a kind of nn.Conv2d whose forward may differ"
+    if set(conv._parameters) != {"weight", "bias"} or conv.weight is None:
+        return "its weight is computed from others (parametrized)"
+    return "it shares a parameter with another layer" if _shares(conv, owners) else ""
+
+
+def _no_plain_norm(conv: nn.Conv2d, norm: _BatchNorm | None, owners: Mapping[int, int]) -> str:
+    if norm is None:
+        return ""
+    kind = type(norm).__name__
+    if type(norm) not in PLAIN_NORMS and kind not in NORMS_WITH_MORE:
+        return f"its norm is a {kind}, whose forward may differ from a batch norm's"
+    if norm.running_mean is None:
+        return f"its {kind} keeps no running statistics, so it has no fixed kernel to fold into"
+    if norm.num_features != conv.out_channels or norm.running_mean.dtype != conv.weight.dtype:
+        return f"its {kind} is of {norm.num_features} channels in {norm.running_mean.dtype}, unlike the convolution"
+    return f"its {kind} shares a parameter with another layer" if _shares(norm, owners) else ""
+
+
+def _no_block(kind: type[ConvBlock], conv: nn.Conv2d, options: dict) -> str:
+    """Why no such block can stand for the convolution: tried without memory."""
+    try:
+        kind.from_conv(skeleton(conv), **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _owners_of_parameters(model: nn.Module) -> dict[int, int]:
+    """How many layers hold each parameter, by its id."""
+    owners: dict[int, int] = defaultdict(int)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] += parameter is not None
+    return owners
+
+
+def _shares(layer: nn.Module, owners: Mapping[int, int]) -> bool:
+    return any(owners[id(parameter)] > 1 for parameter in layer.parameters())
+
+
+def _with_pairs_by_hand(model: nn.Module, found: dict[str, Readers], pairs: Pairs) -> dict[str, Readers]:
+    """The pairs of the graph, overruled by those that the caller names."""
+    layers = dict(model.named_modules())
+    for conv, norm in pairs.items():
+        if conv not in found:
+            raise ValueError(f"pairs names {conv!r}, which is no nn.Conv2d of the model: it has {_some(found)}")
+        if norm is not None and not isinstance(layers.get(norm), _BatchNorm):
+            norms = [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
+            raise ValueError(f"pairs names {norm!r}, which is no batch norm of the model: it has {_some(norms)}")
+    return found | {conv: Readers(norm) for conv, norm in pairs.items()}
+
+
+def _some(names) -> str:
+    names = list(names)
+    return (", ".join(names[:5]) + (", ..." if len(names) > 5 else "")) or "none"
+
+
+# Blocks out
+
+
+def reparameterize(
+    model: nn.Module, inplace: bool = False, restore: bool = False, say: Callable[[str], None] | None = print
+) -> nn.Module:
     """The model with every block folded into a plain `nn.Conv2d`, its answers the same up to rounding.
 
     Answers a copy, in which the branches were never copied; with `inplace=True` the model itself. A bare block is
     answered as its convolution. A model without blocks is answered as it is, so that folding twice is harmless.
     An optimizer that was built before knows nothing of the new parameters.
 
-    Raises ValueError for a model in training mode, and for one inside a DDP or compile wrapper.
+    restore: give back the architecture that `replace_convs` was given, convolution and batch norm, so that the weights
+        load strictly into it. The norm that comes back only adds the bias (mean 0, variance 1): it is for inference,
+        or for finetuning with frozen norms, since its statistics are not those of the data, and `say` is told so
+
+    Raises ValueError for a model in training mode, for one inside a DDP or compile wrapper, and for `restore` where no
+    block was put in by `replace_convs`, or one holds what its place has no room for.
     """
     _check_ready(model)
-    folded = {id(block): block.fuse() for block in _outermost_blocks(model)}
-    if not inplace or id(model) in folded:
-        return copy.deepcopy(model, folded)  # deepcopy takes what it finds in its memo: here, the folded blocks
+    new: dict[int, nn.Module] = {}
+    blocks = _outermost_blocks(model)
+    if restore:
+        _check_restorable(blocks)
+    for name, block in blocks.items():
+        new |= _restored(name, block) if restore and block.origin else {id(block): _folded(block)}
+    for place in (m for m in model.modules() if isinstance(m, Absorbed)):
+        new.setdefault(id(place), place.fuse())
+    if restore and say:
+        say(
+            f"{len(blocks)} blocks folded, their batch norms back with mean 0 and variance 1: load the weights for "
+            f"inference, or finetune with the norms frozen (norm.eval() after model.train())"
+        )
+    if not inplace:
+        return copy.deepcopy(model, new)  # deepcopy takes what it finds in its memo: here, the folded blocks
+    if blocks:
+        _warn_of_optimizers(model)
+    return _swap(model, new)
+
+
+def _folded(block: BranchBlock) -> nn.Module:
+    conv = block.fuse()
+    _move_hooks(block, conv)
+    return conv
+
+
+def _check_restorable(blocks: Mapping[str, BranchBlock]) -> None:
+    if not any(block.origin for block in blocks.values()):
+        raise ValueError(
+            f"restore=True gives back what replace_convs took out, and none of the model's {len(blocks)} blocks was "
+            f"put in by it: leave restore out, which answers plain convolutions"
+        )
+
+
+@torch.no_grad()
+def _restored(name: str, block: ConvBlock) -> dict[int, nn.Module]:
+    """The convolution and the batch norm that compute what the block computes, by the id of what they replace."""
+    if block.nonlinear is not None:
+        raise ValueError(
+            f"{name} ends in {type(block.nonlinear).__name__}, for which the restored pair has no room: leave restore "
+            f"out"
+        )
+    folded, origin = block.fuse(), block.origin
+    conv, norm = _like_new(origin.conv, folded), None
+    conv.weight.copy_(folded.weight)
+    if origin.norm is not None:
+        norm = _like_new(origin.norm, folded)
+        for child, layer in origin.place.named_children():
+            setattr(norm, child, layer)
+        norm.num_batches_tracked.zero_()
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1 - norm.eps)  # so that its root is one
+        if norm.affine:
+            norm.weight.fill_(1.0)
+            norm.bias.copy_(folded.bias)
+        else:
+            norm.running_mean.copy_(-folded.bias)
+        if conv.bias is not None:
+            conv.bias.zero_()
+        _move_hooks(origin.place, norm)
+    elif conv.bias is not None:
+        conv.bias.copy_(folded.bias)
+    elif folded.bias.any():
+        raise ValueError(f"{name} was a convolution without bias and norm, which cannot hold a bias: leave restore out")
+    for layer in (conv, norm):
+        if layer is not None:
+            layer.train(block.training).requires_grad_(folded.weight.requires_grad)
+    _move_hooks(block, conv)
+    return {id(block): conv} | ({id(origin.place): norm} if norm is not None else {})
+
+
+# Optimizers that were built too early
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that does not train what the model holds, as after surgery or folding.
+
+    Raises ValueError for parameters that are not the model's, and for parameters of the model that are not trained.
+    """
+    held = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    everything = {id(p) for p in model.parameters()}
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers, forgotten = len(trained - everything), [name for key, name in held.items() if key not in trained]
+    if strangers or forgotten:
+        raise ValueError(
+            f"the optimizer trains {strangers} parameters that the model does not hold, and leaves out "
+            f"{len(forgotten)} that it does ({_some(forgotten)}): build it anew, after replace_convs or reparameterize"
+        )
+
+
+def _warn_of_optimizers(model: nn.Module) -> None:
+    """Warn where an optimizer already holds parameters of the model: the mistake that costs days."""
+    held = {id(p) for p in model.parameters()}
+    gc.collect()  # optimizers that nobody can use any more are none of anyone's business
+    for optimizer in [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]:
+        if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
+            warnings.warn(
+                f"{type(optimizer).__name__} was built before the layers were exchanged and does not train the new "
+                f"ones: build it anew, and see check_optimizer",
+                stacklevel=3,
+            )
+
+
+# What both ways need
+
+
+def _swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put each new module wherever the old one stood, by its id; answers the model, or what replaces it."""
+    if id(model) in new:
+        return new[id(model)]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if id(child) in folded:
-                parent._modules[name] = folded[id(child)]
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
     return model
 
 
-def _outermost_blocks(model: nn.Module) -> list[BranchBlock]:
-    """The blocks that stand in no other block."""
-    if isinstance(model, BranchBlock):
-        return [model]
-    return [block for child in model.children() for block in _outermost_blocks(child)]
+def _outermost_blocks(model: nn.Module) -> dict[str, BranchBlock]:
+    """The blocks that stand in no other block, each once, by name."""
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BranchBlock)}
+    inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
+    return {name: block for name, block in blocks.items() if id(block) not in inner}
 
 
 def _check_ready(model: nn.Module) -> None:
-    if type(model).__name__ in WRAPPERS:
-        inner = "_orig_mod" if type(model).__name__ == "OptimizedModule" else "module"
-        raise ValueError(
-            f"the model is wrapped in {type(model).__name__}, which would keep running the branches: fold "
-            f"model.{inner} and wrap the result"
-        )
+    _refuse_wrapped(model, "fold")
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
             f"the model is in training mode ({training[0]} and {len(training) - 1} more), where batch norms do not use "
             f"the statistics that folding uses: call model.eval() first"
         )
+
+
+def _refuse_wrapped(model: nn.Module, to_do: str) -> None:
+    if type(model).__name__ in WRAPPERS:
+        inner = "_orig_mod" if type(model).__name__ == "OptimizedModule" else "module"
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}, which would go on running the old layers: {to_do} "
+            f"model.{inner} and wrap the result"
+        )
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The hooks on forward and backward; a handle still removes its hook, since it knows the dictionary."""
+    for name, value in vars(old).items():
+        if name.startswith(("_forward", "_backward")) and "hooks" in name:
+            new.__dict__[name] = value
+
+
+def _like_new(layer: nn.Module, example: nn.Conv2d) -> nn.Module:
+    """A copy of a skeleton with memory where the example is, in its dtype; what is in it is to be overwritten."""
+    return copy.deepcopy(layer).to(example.weight.dtype).to_empty(device=example.weight.device)
+
+
+def _channels_last(weight: torch.Tensor) -> bool:
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return last and not weight.is_contiguous()

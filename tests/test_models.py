@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dbb import DiverseBranchBlock, assert_equivalent, randomize_norms_, reparameterize
-from dbb.blocks import BranchBlock, ConvBlock
-from dbb.models import BLOCKS, MODELS, build_model
+from dbb.blocks import BLOCKS, BranchBlock, ConvBlock
+from dbb.models import MODELS, build_model
 
 # Trainable numbers of 1000 classes, as torchvision (plain) and the authors' code (DBB) have them.
 KNOWN = {
