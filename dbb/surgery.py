@@ -99,7 +99,8 @@ def survey_convs(
     kind, chosen = block_type(block), _selector(where)
     if not hasattr(kind, "from_conv"):
         raise ValueError(f"block={block!r} cannot take the place of a convolution: give a subclass of dbb.ConvBlock")
-    readers = _with_pairs_by_hand(model, find_pairs(model), pairs or {})
+    found = {"": Readers()} if isinstance(model, nn.Conv2d) else find_pairs(model)
+    readers = _with_pairs_by_hand(model, found, pairs or {})
     owners = _owners_of_parameters(model)
     choices = []
     for name, reader in readers.items():
@@ -130,7 +131,7 @@ def replace_convs(
     block: a subclass of `ConvBlock`, or its name: "dbb", "acb", "repvgg", "plain"
     where: which convolutions, as `where(name, conv)`, a pattern of names ("layer1.*") or "re:" and a regular
         expression that a name holds; default those with 1 < K < 7, as in the paper (section 4.1)
-    inplace: change the model itself; default a copy. A convolution as root is answered as its block either way
+    inplace: change the model itself; default a copy. A convolution as root is answered as its block, either way
     preserve: start as what the model computes now, in eval mode: the other branches' last scales are zero
     pairs: convolution and batch norm by name, where the model cannot be traced; None instead of a norm's name
         replaces a convolution that has none
@@ -418,15 +419,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def _warn_of_optimizers(model: nn.Module) -> None:
     """Warn where an optimizer already holds parameters of the model: the mistake that costs days."""
+    if _optimizers_of(model):
+        gc.collect()  # one that nobody can use any more is no mistake
+    for optimizer in _optimizers_of(model):
+        warnings.warn(
+            f"{type(optimizer).__name__} was built before the layers were exchanged and does not train the new ones: "
+            f"build it anew, and see check_optimizer",
+            stacklevel=3,
+        )
+
+
+def _optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
     held = {id(p) for p in model.parameters()}
-    gc.collect()  # optimizers that nobody can use any more are none of anyone's business
-    for optimizer in [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]:
-        if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
-            warnings.warn(
-                f"{type(optimizer).__name__} was built before the layers were exchanged and does not train the new "
-                f"ones: build it anew, and see check_optimizer",
-                stacklevel=3,
-            )
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    return [o for o in optimizers if any(id(p) in held for group in o.param_groups for p in group["params"])]
 
 
 # What both ways need
