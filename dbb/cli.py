@@ -18,6 +18,12 @@ examples:
   dbb train digits --block dbb           train a recipe, in seconds on a CPU; again: go on, or say what came of it
   dbb train cifar10_vgg16 --block dbb --device cuda --precision bfloat16 --set epochs=100
   dbb eval build/runs/digits-dbb-0/model.safetensors
+  dbb verify build/runs/digits-dbb-0/model.safetensors   is the folded model the same model? block by block
+  dbb verify --arch torchvision.resnet50                 the same for a network with random statistics
+  dbb convert trained.safetensors folded.safetensors     fold; the authors' .pth files are read as they are
+  dbb convert ResNet-18_DBB_7101.pth plain.pth --restore weights that load strictly into torchvision's resnet18()
+  dbb export trained.safetensors model.onnx              fold, write ONNX, compare with ONNX Runtime
+  dbb inspect FILE                                       which model, which form, and what can be done with it
   dbb reproduce --list                   the runs behind the recorded numbers, done and pending
   dbb reproduce --budget 9m              do the next ones that this machine can, for nine minutes
 
@@ -25,14 +31,21 @@ Executed notebooks go to build/notebooks/, a report to read goes to build/report
 """
 
 
+CHECKPOINT = "a file of `dbb train` or `dbb convert`, or a .pth file of the authors"
+SIZE = "height and width of the images (default the model's)"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 fine, 1 a notebook failed, 2 a wrong call, 130 interrupted."""
+    """Run the command line; return the exit status: 0 fine, 1 something failed, 2 a wrong call, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return options.action(options)
     except ValueError as error:
         print(f"dbb: {error}", file=sys.stderr)
         return 2
+    except AssertionError as error:  # two forms of a model that should agree do not
+        print(f"dbb: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # who reads has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -57,11 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(train)
     train.set_defaults(action=_train)
     score = commands.add_parser("eval", help="score a trained model in both forms", **layout)
-    score.add_argument("checkpoint", type=Path, help="a model.safetensors that `dbb train` has written")
+    score.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     score.add_argument("--data", help="other data than it was trained on: digits, cifar10, cifar100 or a folder")
     score.add_argument("--root", default="data/cache", help="where downloads are kept (default data/cache)")
     score.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     score.set_defaults(action=_eval)
+    _add_files(commands, layout)
     again = commands.add_parser("reproduce", help="do the next runs of the matrix, or list them", **layout)
     again.add_argument("--list", action="store_true", help="only list them: done, pending, and what they wait for")
     again.add_argument("--budget", default="9m", metavar="TIME", help="as 90s, 9m (default) or 2h; then stop cleanly")
@@ -101,6 +115,103 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=-1, metavar="N", help="that decode images (default one a core)")
     parser.add_argument("--tensorboard", action="store_true", help="write the curves for TensorBoard, too")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="send each batch through in N pieces")
+
+
+def _add_files(commands, layout: dict) -> None:
+    convert = commands.add_parser("convert", help="fold a trained model into another file", **layout)
+    convert.add_argument("source", type=Path, metavar="IN", help=CHECKPOINT)
+    convert.add_argument("target", type=Path, metavar="OUT", help=".safetensors, or .pth for the weights alone")
+    convert.add_argument("--restore", action="store_true", help="back to the architecture before replace_convs")
+    convert.set_defaults(action=_convert)
+    verify = commands.add_parser(
+        "verify", help="prove that folding changes no answer; exit status 1 if it does", **layout
+    )
+    chosen = verify.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("checkpoint", type=Path, nargs="?", help=f"{CHECKPOINT}, in training form")
+    chosen.add_argument(
+        "--arch", metavar="NAME", help="instead: a model of dbb/models.py, torchvision.NAME or timm.NAME"
+    )
+    verify.add_argument("--block", default="dbb", help="of --arch: plain, acb, dbb (default) or repvgg")
+    verify.add_argument("--seed", type=int, default=0, help="of --arch: of its weights and statistics (default 0)")
+    verify.add_argument(
+        "--size", type=int, metavar="PIXELS", help="height and width of the images (default the model's)"
+    )
+    verify.set_defaults(action=_verify)
+    export = commands.add_parser("export", help="fold a model and write it as ONNX, checked", **layout)
+    export.add_argument("checkpoint", type=Path, metavar="MODEL", help=CHECKPOINT)
+    export.add_argument("target", type=Path, metavar="OUT.onnx")
+    export.add_argument(
+        "--size", type=int, metavar="PIXELS", help="height and width of the images (default the model's)"
+    )
+    export.set_defaults(action=_export)
+    inspect = commands.add_parser("inspect", help="say what a file of a model is", **layout)
+    inspect.add_argument("file", type=Path, help=f"{CHECKPOINT}, or an .onnx file")
+    inspect.set_defaults(action=_inspect)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dbb.checkpoint import convert, describe
+
+    about = convert(options.source, options.target, options.restore)
+    _say(f"{options.target}: {describe(about)}; answers as {options.source} does")
+    if options.restore:
+        _say("its batch norms only add the biases: for inference, or for finetuning with frozen norms")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import torch
+
+    from dbb.checkpoint import describe, example_input, load_model
+    from dbb.surgery import reparameterize
+    from dbb.verify import assert_equivalent, report
+
+    model, about = _random_model(options) if options.arch else load_model(options.checkpoint)
+    if about["form"] != "training":
+        raise ValueError(f"{options.checkpoint} is in {about['form']} form, without branches: give the training form")
+    _say(describe(about))
+    x = example_input(about, size=options.size)
+    _say(str(report(model, x)))
+    for dtype in (torch.float32, torch.float64):
+        model, x = model.to(dtype), x.to(dtype)
+        error = assert_equivalent(model, reparameterize(model), x)
+        _say(f"the whole model in {str(dtype).removeprefix('torch.')}: off by {error:.1e} of the largest answer")
+    return 0
+
+
+def _random_model(options: argparse.Namespace):
+    """A model with random weights and statistics, to be verified, and what is said about it."""
+    import torch
+
+    from dbb.models import build_model
+    from dbb.verify import randomize_norms_
+
+    torch.manual_seed(options.seed)
+    classes = [str(number) for number in range(10)]
+    recipe = {"model": options.arch, "block": options.block, "model_options": {}}
+    model = randomize_norms_(build_model(options.arch, len(classes), options.block)).eval()
+    return model, {"recipe": recipe, "classes": classes, "form": "training"}
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dbb.checkpoint import describe, example_input, load_model
+    from dbb.export import export_onnx, onnx_operators
+    from dbb.surgery import reparameterize
+
+    model, about = load_model(options.checkpoint)
+    error = export_onnx(reparameterize(model), options.target, example_input(about, size=options.size))
+    _say(
+        f"{options.target}: {describe(about | {'form': 'folded'})}, {onnx_operators(options.target).total()} operators"
+    )
+    _say(f"ONNX Runtime differs by {error:.1e} of the largest answer")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dbb.checkpoint import inspect_file
+
+    _say(inspect_file(options.file))
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -86,18 +86,28 @@ def mobilenet_v1(num_classes: int = 1000, block: Block = "plain", width: float =
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-def resnet18(num_classes: int = 1000, block: Block = "plain") -> nn.Module:
-    """torchvision's ResNet-18 with a block for each 3x3 convolution and its batch norm."""
+def resnet18(num_classes: int = 1000, block: Block = "plain", others: Block | None = None) -> nn.Module:
+    """torchvision's ResNet-18 with a block for each 3x3 convolution and its batch norm.
+
+    others: a block for the convolutions of other sizes; "plain" lets their norms be folded, too
+    """
     from torchvision.models import resnet18 as build
 
-    return replace_convs(build(weights=None, num_classes=num_classes), block, inplace=True, say=None)
+    return _with_blocks(build(weights=None, num_classes=num_classes), block, others)
 
 
-def resnet50(num_classes: int = 1000, block: Block = "plain") -> nn.Module:
-    """torchvision's ResNet-50 with a block for each 3x3 convolution and its batch norm."""
+def resnet50(num_classes: int = 1000, block: Block = "plain", others: Block | None = None) -> nn.Module:
+    """torchvision's ResNet-50 with a block for each 3x3 convolution and its batch norm; `others` as for ResNet-18."""
     from torchvision.models import resnet50 as build
 
-    return replace_convs(build(weights=None, num_classes=num_classes), block, inplace=True, say=None)
+    return _with_blocks(build(weights=None, num_classes=num_classes), block, others)
+
+
+def _with_blocks(resnet: nn.Module, block: Block, others: Block | None) -> nn.Module:
+    replace_convs(resnet, block, inplace=True, say=None)
+    if others is not None:
+        replace_convs(resnet, others, where=lambda name, conv: True, inplace=True, say=None)
+    return resnet
 
 
 def small_resnet(num_classes: int = 10, block: Block = "plain", width: int = 16, depth: int = 1) -> nn.Sequential:
@@ -142,11 +152,40 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+INPUT_SHAPES = {"digits_net": (1, 8, 8), "small_resnet": (3, 32, 32), "vgg16": (3, 32, 32)}
+
+
+def input_shape(name: str) -> tuple[int, int, int]:
+    """The channels, height and width of an image that the model takes; ImageNet's where nothing is known."""
+    return INPUT_SHAPES.get(name, (3, 224, 224))
+
+
 def build_model(name: str, num_classes: int, block: Block = "plain", **options) -> nn.Module:
-    """The model of that name. Raises ValueError for an unknown model or block."""
+    """The model of that name, with blocks: one of ours, or "torchvision.NAME" or "timm.NAME" (see `replace_convs`).
+
+    options: of the function that builds it. Raises ValueError for an unknown model or block.
+    """
+    if name.startswith(("torchvision.", "timm.")):
+        return replace_convs(_from_library(name, num_classes, **options), block, inplace=True, say=None)
     if name not in MODELS:
-        raise ValueError(f"model={name!r} is not known: choose from {', '.join(MODELS)}")
+        raise ValueError(f"model={name!r} is not known: choose from {', '.join(MODELS)}, torchvision.NAME, timm.NAME")
     return MODELS[name](num_classes, block, **options)
+
+
+def _from_library(name: str, num_classes: int, **options) -> nn.Module:
+    library, _, architecture = name.partition(".")
+    try:
+        if library == "timm":
+            from timm import create_model
+
+            return create_model(architecture, num_classes=num_classes, **options)
+        from torchvision.models import get_model
+
+        return get_model(architecture, weights=None, num_classes=num_classes, **options)
+    except ImportError as error:
+        raise ValueError(f"model={name!r} needs {library}: pip install {library}") from error
+    except (ValueError, RuntimeError) as error:  # each says "unknown model" in its own way
+        raise ValueError(f"model={name!r}: {library} cannot build it ({error})") from error
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -152,6 +152,14 @@ def kernel_grid(weights: Tensor, ax: Axes | None = None, title: str = "", limit:
     return ax
 
 
+def label_tiles(ax: Axes, rows: Sequence[str], columns: Sequence[str], tile: Pair = (3, 3)) -> None:
+    """Names beside the rows of a `kernel_grid` and above its columns; `tile` is the size of a kernel."""
+    for n, name in enumerate(rows):
+        ax.text(-0.8, (n + 0.5) * (tile[0] + 1), name, ha="right", va="center", color=INK)
+    for n, name in enumerate(columns):
+        ax.text((n + 0.5) * (tile[1] + 1), -0.8, name, ha="center", va="bottom", color=INK, fontsize=8)
+
+
 def matrix(
     weights: Tensor, ax: Axes | None = None, title: str = "", groups: int = 1, colours: Sequence[str] = (BLUE,)
 ) -> Axes:
@@ -177,13 +185,17 @@ def matrix(
 
 
 def spectrum(kernel: Tensor, ax: Axes | None = None, title: str = "", limit: float = 1) -> Axes:
-    """Which waves one kernel "kh kw" lets through: |H| over their cycles per pixel across and down.
+    """Which waves a kernel "... kh kw" lets through: |H| over their cycles per pixel across and down.
 
-    The middle is a constant image, the edges are stripes of two pixels; black is 0, white `limit` or more.
+    The middle is a constant image, the edges are stripes of two pixels; black is 0, white `limit` or more. Of several
+    kernels it is the root of the mean of |H|².
     """
     ax = ax or plt.gca()
-    size = 2 * max(64, *kernel.shape) + 1  # odd: frequency zero has a pixel, in the middle
-    response = torch.fft.fftshift(torch.fft.fft2(kernel.detach().cpu().double(), s=(size, size)).abs())
+    size = 2 * max(64, *kernel.shape[-2:]) + 1  # odd: frequency zero has a pixel, in the middle
+    response = torch.fft.fft2(kernel.detach().cpu().double(), s=(size, size)).abs()
+    if response.dim() > 2:
+        response = response.square().flatten(0, -3).mean(0).sqrt()
+    response = torch.fft.fftshift(response)
     ax.imshow(_numpy(response), cmap=SPECTRA, vmin=0, vmax=limit, extent=(-0.5, 0.5, 0.5, -0.5))
     ticks = {"ticks": (-0.5, 0, 0.5), "labels": ("−½", "0", "½")}
     ax.set_xticks(**ticks)
@@ -226,6 +238,51 @@ def bars(values: Mapping[str, float], ax: Axes | None = None, title: str = "", u
     ax.spines["bottom"].set_visible(False)
     ax.tick_params(bottom=False, labelbottom=False, left=False)
     return ax
+
+
+def shares(
+    parts: Mapping[str, Mapping[str, float]],
+    ax: Axes | None = None,
+    title: str = "",
+    before: Mapping[str, Mapping[str, float]] | None = None,
+) -> Axes:
+    """An upright bar for each name, made of its branches' shares of one whole; negative ones hang below zero.
+
+    before: earlier shares under the same names, as pale bars on the left of the others
+    """
+    ax, columns = ax or plt.gca(), [(before, -0.2, 0.4), (parts, 0.2, 1)] if before else [(parts, 0, 1)]
+    for values, shift, opacity in columns:
+        for n, pieces in enumerate(values.values()):
+            ends = {True: 0.0, False: 0.0}  # of the pieces above zero, and of those below
+            for branch, piece in pieces.items():
+                style = {"color": BRANCH_COLOURS.get(branch, BLUE), "alpha": opacity, "edgecolor": "white"}
+                ax.bar(n + shift, piece, 0.37 if before else 0.75, ends[piece > 0], **style)
+                ends[piece > 0] += piece
+    ax.set_xticks(range(len(parts)), list(parts))
+    ax.set_title(title)
+    ax.tick_params(axis="x", length=0)
+    return ax
+
+
+def cosines(table: Tensor, names: Sequence[str], ax: Axes | None = None, title: str = "") -> Axes:
+    """Cosines between branches, with their values; the diagonal has the branches' colours, a nan stays empty."""
+    ax = _bare(ax, title)
+    shown = ax.imshow(_numpy(table), cmap=SIGNED, vmin=-1, vmax=1)
+    for (row, column), value in _cells(table):
+        colour = "white" if sum(shown.cmap(shown.norm(value))[:3]) < 1.4 else INK
+        if row == column:
+            patch = Rectangle((column - 0.5, row - 0.5), 1, 1, color=BRANCH_COLOURS.get(names[row], GREY))
+            ax.add_patch(patch)
+        elif value == value:
+            text = f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
+            ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    return ax
+
+
+def branch_key(figure: Figure, names: Iterable[str] = BRANCH_NAMES) -> None:
+    """The colours of the branches, under a figure."""
+    squares = [Rectangle((0, 0), 1, 1, color=BRANCH_COLOURS[name], label=BRANCH_NAMES[name]) for name in names]
+    figure.legend(handles=squares, loc="outside lower center", ncols=len(squares), handlelength=1)
 
 
 def curves(

@@ -165,9 +165,8 @@ class Absorbed(nn.Sequential):
     def fuse(self) -> nn.Module:
         """What stays of it in the folded model; timm's `reparameterize_model` asks by this name."""
         rest = [child for child in self if not isinstance(child, nn.Identity)]
-        if len(rest) > 1:
-            return nn.Sequential(*rest).train(self.training)
-        return rest[0] if rest else nn.Identity()
+        kept = rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nn.Identity()
+        return kept.train(self.training)
 
 
 @dataclass(frozen=True)
@@ -328,11 +327,14 @@ def reparameterize(
     """
     _check_ready(model)
     new: dict[int, nn.Module] = {}
-    blocks = _outermost_blocks(model)
+    blocks = outermost_blocks(model)
     if restore:
         _check_restorable(blocks)
     for name, block in blocks.items():
-        new |= _restored(name, block) if restore and block.origin else {id(block): _folded(block)}
+        layers = _restored(name, block) if restore and block.origin else [(block, block.fuse())]
+        for old, layer in layers:
+            _move_hooks(old, layer, shared=inplace)
+            new[id(old)] = layer
     for place in (m for m in model.modules() if isinstance(m, Absorbed)):
         new.setdefault(id(place), place.fuse())
     if restore and say:
@@ -347,12 +349,6 @@ def reparameterize(
     return _swap(model, new)
 
 
-def _folded(block: BranchBlock) -> nn.Module:
-    conv = block.fuse()
-    _move_hooks(block, conv)
-    return conv
-
-
 def _check_restorable(blocks: Mapping[str, BranchBlock]) -> None:
     if not any(block.origin for block in blocks.values()):
         raise ValueError(
@@ -362,8 +358,8 @@ def _check_restorable(blocks: Mapping[str, BranchBlock]) -> None:
 
 
 @torch.no_grad()
-def _restored(name: str, block: ConvBlock) -> dict[int, nn.Module]:
-    """The convolution and the batch norm that compute what the block computes, by the id of what they replace."""
+def _restored(name: str, block: ConvBlock) -> list[tuple[nn.Module, nn.Module]]:
+    """The convolution and the batch norm that compute what the block computes, each behind what it replaces."""
     if block.nonlinear is not None:
         raise ValueError(
             f"{name} ends in {type(block.nonlinear).__name__}, for which the restored pair has no room: leave restore "
@@ -386,7 +382,6 @@ def _restored(name: str, block: ConvBlock) -> dict[int, nn.Module]:
             norm.running_mean.copy_(-folded.bias)
         if conv.bias is not None:
             conv.bias.zero_()
-        _move_hooks(origin.place, norm)
     elif conv.bias is not None:
         conv.bias.copy_(folded.bias)
     elif folded.bias.any():
@@ -394,8 +389,7 @@ def _restored(name: str, block: ConvBlock) -> dict[int, nn.Module]:
     for layer in (conv, norm):
         if layer is not None:
             layer.train(block.training).requires_grad_(folded.weight.requires_grad)
-    _move_hooks(block, conv)
-    return {id(block): conv} | ({id(origin.place): norm} if norm is not None else {})
+    return [(block, conv)] if norm is None else [(block, conv), (origin.place, norm)]
 
 
 # Optimizers that were built too early
@@ -449,7 +443,7 @@ def _swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     return model
 
 
-def _outermost_blocks(model: nn.Module) -> dict[str, BranchBlock]:
+def outermost_blocks(model: nn.Module) -> dict[str, BranchBlock]:
     """The blocks that stand in no other block, each once, by name."""
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, BranchBlock)}
     inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
@@ -475,11 +469,11 @@ def _refuse_wrapped(model: nn.Module, to_do: str) -> None:
         )
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The hooks on forward and backward; a handle still removes its hook, since it knows the dictionary."""
+def _move_hooks(old: nn.Module, new: nn.Module, shared: bool = True) -> None:
+    """Give the hooks on forward and backward to another layer; where shared, a handle still removes its hook."""
     for name, value in vars(old).items():
         if name.startswith(("_forward", "_backward")) and "hooks" in name:
-            new.__dict__[name] = value
+            new.__dict__[name] = value if shared else copy.copy(value)
 
 
 def _like_new(layer: nn.Module, example: nn.Conv2d) -> nn.Module:

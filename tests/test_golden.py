@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import dbb
-from dbb.checkpoint import from_reference
+from dbb.reference import from_reference
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.safetensors"))
 BLOCKS = {"DiverseBranchBlock": dbb.DiverseBranchBlock, "ACBlock": dbb.ACBlock}

@@ -399,11 +399,23 @@ def test_hooks_are_kept_and_still_removed_by_their_handle():
     assert not heard  # tracing does not call them
     replaced(image(4).float())
     assert heard == ["DiverseBranchBlock", "Absorbed"]
-    reparameterize(replaced.eval())(image(4).float())
-    assert heard[2:] == ["Conv2d"]
+    folded = reparameterize(replaced.eval())
+    folded(image(4).float())
+    reparameterize(replaced, restore=True, say=None)(image(4).float())
+    assert heard[2:] == ["Conv2d", "Conv2d", "BatchNorm2d"]
+    del heard[3:]
     handles[0].remove()
     replaced(image(4).float())
     assert heard[3:] == ["Absorbed"]
+
+
+def test_hooks_of_a_folded_copy_are_its_own():
+    heard = []
+    model = replace_convs(Pair(), say=None).eval()
+    folded = reparameterize(model)
+    model.conv.register_forward_hook(lambda module, given, answer: heard.append(type(module).__name__))
+    folded(image(4).float())
+    assert heard == []
 
 
 def test_sync_batch_norms_stay_so():
