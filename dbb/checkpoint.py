@@ -13,6 +13,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +183,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict, bool]:
     return state, reference.about(state, path.name), True
 
 
+def _readable(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give a checkpoint, ours or the authors'"
+        ) from error
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -199,13 +209,14 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError for a file that holds anything but tensors and plain values: code in it is never run.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors, such as a pickled model, which would run code: save "
-            f"model.state_dict() instead"
-        ) from error
+    with _readable(path) as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged, or holds more than tensors, such as a pickled model, which would run code: save "
+                f"model.state_dict() instead"
+            ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path} holds no weights by name: give a state_dict, or {{'state_dict': ...}}")
@@ -258,8 +269,9 @@ def _check_target(source: Path, target: Path) -> None:
 def _write(path: Path, model: nn.Module, about: Mapping) -> None:
     from safetensors.torch import save
 
+    path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if Path(path).suffix == ".pth":
+    if path.suffix == ".pth":
         content = io.BytesIO()
         torch.save(tensors, content)
         write_atomically(path, content.getvalue())

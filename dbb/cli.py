@@ -200,10 +200,9 @@ def _export(options: argparse.Namespace) -> int:
 
     model, about = load_model(options.checkpoint)
     error = export_onnx(reparameterize(model), options.target, example_input(about, size=options.size))
-    _say(
-        f"{options.target}: {describe(about | {'form': 'folded'})}, {onnx_operators(options.target).total()} operators"
-    )
-    _say(f"ONNX Runtime differs by {error:.1e} of the largest answer")
+    counts = ", ".join(f"{number} {name}" for name, number in onnx_operators(options.target).most_common())
+    _say(f"{options.target}: {describe(about | {'form': 'folded'})}\n  {counts}")
+    _say(f"  ONNX Runtime differs by {error:.1e} of the largest answer")
     return 0
 
 

@@ -81,6 +81,8 @@ class Survey(tuple[Choice, ...]):
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
+    __repr__ = __str__
+
 
 def survey_convs(
     model: nn.Module,
@@ -103,6 +105,14 @@ def survey_convs(
     readers = _with_pairs_by_hand(model, found, pairs or {})
     owners = _owners_of_parameters(model)
     choices = []
+    refusals: dict[str, str] = {}
+
+    def refusal(conv: nn.Conv2d) -> str:
+        """Of the block; asked once for each geometry, of which a network has few."""
+        if str(conv) not in refusals:
+            refusals[str(conv)] = _no_block(kind, conv, options)
+        return refusals[str(conv)]
+
     for name, reader in readers.items():
         conv = model.get_submodule(name)
         reason = (
@@ -110,7 +120,7 @@ def survey_convs(
             or _no_plain_conv(conv, owners)
             or reader.reason
             or _no_plain_norm(conv, reader.norm and model.get_submodule(reader.norm), owners)
-            or _no_block(kind, conv, options)
+            or refusal(conv)
         )
         choices.append(Choice(name, conv, reader.norm, reason))
     return Survey(choices)
