@@ -396,10 +396,15 @@ def _compose_kernels(first: Affine, then: Affine, groups: int, axes: Sequence[Ax
     # The second map keeps its own groups here: each reads a few rows of the first, which makes a batch norm cheap.
     outer = rearrange(then.weight, "(g o) m kh kw -> g o m (kh kw)", g=then.groups)
     inner = rearrange(first.regroup(groups).weight, "(g m) i kh kw -> g m (i kh kw)", g=then.groups)
-    copies = rearrange(einsum(outer, inner, "g o m u, g m v -> g o v u"), "g o v u -> (g o) v u")
+    copies = einsum(outer, inner, "g o m u, g m v -> g o v u")
+    (height, width), taps = first.kernel_size, then.kernel_size
+    if height * width == 1 or taps == (1, 1):  # one pixel at every tap, or one copy: nothing overlaps
+        sizes = dict(zip("abcd", (height, width, *taps)))
+        return rearrange(copies, "g o (i a b) (c d) -> (g o) i (a c) (b d)", **sizes)
     # In steps of the merged grid; an axis with a single tap has no steps, any positive number will do.
     apart = [max(1, a.stride * b.dilation // axis.dilation) for a, b, axis in zip(first.axes, then.axes, axes)]
     within = [max(1, a.dilation // axis.dilation) for a, axis in zip(first.axes, axes)]
+    copies = rearrange(copies, "g o v u -> (g o) v u")
     return F.fold(copies, [axis.taps for axis in axes], first.kernel_size, dilation=within, stride=apart)
 
 

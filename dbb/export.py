@@ -29,7 +29,7 @@ def export_onnx(model: nn.Module, path: Path, example: Tensor) -> float:
     path = Path(path)
     if path.suffix != ".onnx":
         raise ValueError(f"{path} must end in .onnx")
-    content = _onnx(model, example)
+    content = onnx_bytes(model, example)
     with torch.no_grad():
         wanted = model(torch.cat([example, example.flip(0)]))  # another batch size than that of the example
     given = run_onnx(content, torch.cat([example, example.flip(0)]))
@@ -75,7 +75,8 @@ def operators(model: nn.Module, example: Tensor) -> Counter[str]:
     return Counter(node.target.__name__.partition(".")[0] for node in graph.nodes if node.op == "call_function")
 
 
-def _onnx(model: nn.Module, example: Tensor) -> bytes:
+def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
+    """A model in eval mode, in whatever form, as the content of an ONNX file for any batch size; unchecked."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

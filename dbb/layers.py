@@ -39,13 +39,12 @@ class _Branches(nn.Module):
         """How many branches there are."""
         return len(self._modules)
 
-    def fold_branches(self) -> list[Affine]:
-        """Each branch as a map."""
-        folded = []
+    def fold_branches(self) -> Iterator[Affine]:
+        """Each branch as a map, one at a time."""
         for name, branch in self.named_children():
             with within(name):
-                folded.append(fold(branch))
-        return folded
+                folded = fold(branch)
+            yield folded
 
 
 class Parallel(_Branches):

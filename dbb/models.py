@@ -166,13 +166,17 @@ def build_model(name: str, num_classes: int, block: Block = "plain", **options) 
     options: of the function that builds it. Raises ValueError for an unknown model or block.
     """
     if name.startswith(("torchvision.", "timm.")):
-        return replace_convs(_from_library(name, num_classes, **options), block, inplace=True, say=None)
+        return replace_convs(library_model(name, num_classes, **options), block, inplace=True, say=None)
     if name not in MODELS:
         raise ValueError(f"model={name!r} is not known: choose from {', '.join(MODELS)}, torchvision.NAME, timm.NAME")
     return MODELS[name](num_classes, block, **options)
 
 
-def _from_library(name: str, num_classes: int, **options) -> nn.Module:
+def library_model(name: str, num_classes: int, **options) -> nn.Module:
+    """A network of another library as it stands there, without weights: "torchvision.NAME" or "timm.NAME".
+
+    Raises ValueError for a name that the library does not know, and for a library that is not installed.
+    """
     library, _, architecture = name.partition(".")
     try:
         if library == "timm":

@@ -336,52 +336,70 @@ def reparameterize(
     block was put in by `replace_convs`, or one holds what its place has no room for.
     """
     _check_ready(model)
-    new: dict[int, nn.Module] = {}
     blocks = outermost_blocks(model)
     if restore:
         _check_restorable(blocks)
-    for name, block in blocks.items():
-        layers = _restored(name, block) if restore and block.origin else [(block, block.fuse())]
-        for old, layer in layers:
-            _move_hooks(old, layer, shared=inplace)
-            new[id(old)] = layer
-    for place in (m for m in model.modules() if isinstance(m, Absorbed)):
-        new.setdefault(id(place), place.fuse())
-    if restore and say:
-        say(
-            f"{len(blocks)} blocks folded, their batch norms back with mean 0 and variance 1: load the weights for "
-            f"inference, or finetune with the norms frozen (norm.eval() after model.train())"
-        )
-    if not inplace:
-        return copy.deepcopy(model, new)  # deepcopy takes what it finds in its memo: here, the folded blocks
-    if blocks:
+        if say:
+            say(
+                f"{len(blocks)} blocks folded, their batch norms back with mean 0 and variance 1: load the weights for "
+                f"inference, or finetune with the norms frozen (norm.eval() after model.train())"
+            )
+    if inplace and blocks:
         _warn_of_optimizers(model)
-    return _swap(model, new)
+    new: dict[int, nn.Module] = {}
+    # From the narrow end of the network in place, where each block's memory serves the next; else from the wide one.
+    order = list(blocks.values())[:: -1 if inplace else 1]
+    del blocks
+    while order:
+        block = order.pop()
+        layers = _restored(block) if restore and block.origin else [(block, block.fuse())]
+        model = _exchange(model, layers, new, inplace)
+    places = [m for m in model.modules() if isinstance(m, Absorbed) and id(m) not in new]
+    rests = [(place if inplace else copy.deepcopy(place)).fuse() for place in places]
+    model = _exchange(model, list(zip(places, rests)), new, inplace)
+    return model if inplace else copy.deepcopy(model, new)  # deepcopy takes what it finds in its memo: the new layers
+
+
+def _exchange(model: nn.Module, layers: list[tuple[nn.Module, nn.Module]], new: dict, inplace: bool) -> nn.Module:
+    """Put new layers in the place of old ones; not in place, only note them in `new`, by the id of the old."""
+    for old, layer in layers:
+        _move_hooks(old, layer, shared=inplace)
+    exchanged = {id(old): layer for old, layer in layers}
+    if inplace:
+        return _swap(model, exchanged)
+    new |= exchanged
+    return model
 
 
 def _check_restorable(blocks: Mapping[str, BranchBlock]) -> None:
+    """Refuse before anything is changed."""
     if not any(block.origin for block in blocks.values()):
         raise ValueError(
             f"restore=True gives back what replace_convs took out, and none of the model's {len(blocks)} blocks was "
             f"put in by it: leave restore out, which answers plain convolutions"
         )
+    for name, block in blocks.items():
+        if block.origin and block.nonlinear is not None:
+            raise ValueError(
+                f"{name} ends in {type(block.nonlinear).__name__}, for which the restored pair has no room: leave "
+                f"restore out"
+            )
+        if block.origin and block.origin.norm is None and block.origin.conv.bias is None and block.fuse().bias.any():
+            raise ValueError(
+                f"{name} was a convolution without bias and norm, which cannot hold a bias: leave restore out"
+            )
 
 
 @torch.no_grad()
-def _restored(name: str, block: ConvBlock) -> list[tuple[nn.Module, nn.Module]]:
+def _restored(block: ConvBlock) -> list[tuple[nn.Module, nn.Module]]:
     """The convolution and the batch norm that compute what the block computes, each behind what it replaces."""
-    if block.nonlinear is not None:
-        raise ValueError(
-            f"{name} ends in {type(block.nonlinear).__name__}, for which the restored pair has no room: leave restore "
-            f"out"
-        )
     folded, origin = block.fuse(), block.origin
     conv, norm = _like_new(origin.conv, folded), None
     conv.weight.copy_(folded.weight)
     if origin.norm is not None:
         norm = _like_new(origin.norm, folded)
         for child, layer in origin.place.named_children():
-            setattr(norm, child, layer)
+            setattr(norm, child, copy.deepcopy(layer))
         norm.num_batches_tracked.zero_()
         norm.running_mean.zero_()
         norm.running_var.fill_(1 - norm.eps)  # so that its root is one
@@ -394,8 +412,6 @@ def _restored(name: str, block: ConvBlock) -> list[tuple[nn.Module, nn.Module]]:
             conv.bias.zero_()
     elif conv.bias is not None:
         conv.bias.copy_(folded.bias)
-    elif folded.bias.any():
-        raise ValueError(f"{name} was a convolution without bias and norm, which cannot hold a bias: leave restore out")
     for layer in (conv, norm):
         if layer is not None:
             layer.train(block.training).requires_grad_(folded.weight.requires_grad)
@@ -482,7 +498,7 @@ def _refuse_wrapped(model: nn.Module, to_do: str) -> None:
 def _move_hooks(old: nn.Module, new: nn.Module, shared: bool = True) -> None:
     """Give the hooks on forward and backward to another layer; where shared, a handle still removes its hook."""
     for name, value in vars(old).items():
-        if name.startswith(("_forward", "_backward")) and "hooks" in name:
+        if name.startswith(("_forward", "_backward")) and "hooks" in name and value:
             new.__dict__[name] = value if shared else copy.copy(value)
 
 
