@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from dbb import randomize_norms_, reparameterize
 from dbb.checkpoint import load_model, save_model
 from dbb.cli import main
 from dbb.models import build_model
 from dbb.recipes import recipe
+from tests.broken import ROOT
+from tests.test_checkpoint import drawn
 
 COMMANDS = ("convert", "verify", "export", "inspect", "eval")
 
@@ -114,6 +121,22 @@ def test_eval_in_every_form(files, capsys):
     assert "training: test accuracy" in told and "folded: test accuracy" in told
     said(capsys, "convert", "trained.safetensors", "folded.safetensors")
     assert said(capsys, "eval", "folded.safetensors").strip() == told.splitlines()[1]
+
+
+def test_eval_of_the_authors_files(files, capsys):
+    """Their files have no names for classes: any data with as many will do."""
+    golden = json.loads((ROOT / "tests/golden/upstream_mobilenet_dbb.json").read_text())
+    golden["shapes"] |= {"linear.weight": [3, 1024], "linear.bias": [3]}
+    torch.save(drawn(golden), "MobileNet_DBB.pth")
+    for part, name in itertools.product(("train", "val"), ("ant", "bee", "cat", "dog")):
+        path = files / "four" / part / name / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+    shutil.copytree(files / "four", files / "three", ignore=shutil.ignore_patterns("dog"))
+    told = said(capsys, "eval", "MobileNet_DBB.pth", "--data", "three", "--device", "cpu", "--root", ".")
+    assert "training: test accuracy" in told and "folded: test accuracy" in told
+    told = said(capsys, "eval", "MobileNet_DBB.pth", "--data", "four", status=2)
+    assert "tells 3 classes apart" in told and "has 4 (ant, bee, cat, ...)" in told
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 from tests.broken import ROOT
+from tests.test_architectures import REPLACED
 
 README = (ROOT / "README.md").read_text()
 
@@ -15,7 +18,12 @@ def test_python_of_the_readme_runs(capsys):
     names = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), names)
     assert type(names["conv"]).__name__ == "Conv2d"
+    assert type(names["folded"].layer1[0].bn1) is nn.Identity
     assert "multiply-adds" in capsys.readouterr().out
+
+
+def test_its_numbers_are_those_of_the_tests():
+    assert f"{len(REPLACED)} networks of torchvision and timm" in README
 
 
 def test_links_and_pictures_exist():
