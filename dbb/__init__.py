@@ -4,6 +4,7 @@
 `assert_equivalent` proves it. Underneath, `fold` turns any tree of linear layers into one `Affine` convolution.
 """
 
+import dbb.ablation  # noqa: F401 - gives its blocks their names
 from dbb.affine import Affine, concat, direct_sum
 from dbb.blocks import ACBlock, BranchBlock, ConvBlock, DiverseBranchBlock, RepVGGBlock
 from dbb.fold import fold, rule

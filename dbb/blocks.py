@@ -89,16 +89,25 @@ def conv_norm(spec: ConvSpec, kernel_size: int | Pair | None = None) -> nn.Seque
     return _named(pad=_pad_in_front(spec), conv=_conv(spec), bn=nn.BatchNorm2d(spec.out_channels))
 
 
-def pointwise_conv_norm(spec: ConvSpec, internal_channels: int | None = None, border: str = "running") -> nn.Sequential:
+def pointwise_conv_norm(
+    spec: ConvSpec,
+    internal_channels: int | None = None,
+    border: str = "running",
+    *,
+    internal_ratio: float | None = None,
+    identity: bool = True,
+) -> nn.Sequential:
     """1x1 convolution and norm, then KxK convolution and norm: the paper's 1x1-KxK branch.
 
-    The first is identity-based where it keeps the number of channels; `internal_channels` defaults to the input's,
-    and to twice that for a depthwise block.
+    internal_channels, internal_ratio: channels in between, or that as a share of the input's; default the input's,
+    and twice that for a depthwise block
+    identity: whether the first is identity-based where it keeps the number of channels
     """
-    internal = internal_channels or spec.in_channels * (2 if spec.depthwise else 1)
-    if internal % spec.groups:
-        raise ValueError(f"internal_channels={internal} must be divisible by groups={spec.groups}")
-    if internal == spec.in_channels:
+    ratio = internal_ratio or (2 if spec.depthwise else 1)
+    internal = internal_channels or round(spec.in_channels * ratio)
+    if internal < 1 or internal % spec.groups:
+        raise ValueError(f"internal_channels={internal} must be a multiple of groups={spec.groups}, and at least that")
+    if identity and internal == spec.in_channels:
         pointwise = IdentityBasedConv1x1(internal, spec.groups)
     else:
         pointwise = nn.Conv2d(spec.in_channels, internal, 1, groups=spec.groups, bias=False)
@@ -266,6 +275,7 @@ class ConvBlock(BranchBlock):
     bias: accepted so that the signature is `nn.Conv2d`'s; the norms' shifts are the bias
     padding_mode: the input is padded by it once, for all branches alike
     branches: names out of the block's recipes, or {name: name or recipe}; default all that the geometry allows
+    gamma: the scale that each branch's last norm, or those named, starts with; default 1, see `init_gamma`
     nonlinear: what follows the sum; there is none unless given
     deploy: build the folded form, one convolution
     options: of the block's recipes
@@ -291,6 +301,7 @@ class ConvBlock(BranchBlock):
         dtype: torch.dtype | None = None,
         *,
         branches: Iterable[str] | Mapping[str, str | Recipe] | None = None,
+        gamma: float | Mapping[str, float] | None = None,
         nonlinear: nn.Module | None = None,
         deploy: bool = False,
         **options,
@@ -307,6 +318,8 @@ class ConvBlock(BranchBlock):
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
             setattr(self, name, getattr(spec, name))  # what code that meets an nn.Conv2d asks for
         _check_windows(fold_shape(self.branches), windows)
+        if gamma is not None:
+            self.init_gamma(gamma)
         if deploy:
             self.branches, self.conv = None, self._plain_conv(device=device, dtype=dtype)
 
@@ -318,7 +331,7 @@ class ConvBlock(BranchBlock):
     @classmethod
     def default_branches(cls, spec: ConvSpec) -> Iterable[str]:
         """The names of the branches that it has where the caller does not choose."""
-        return cls.recipes(spec)
+        return list(cls.recipes(spec))
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, **options) -> Self:
@@ -399,6 +412,8 @@ class DiverseBranchBlock(ConvBlock):
     Arguments as `nn.Conv2d`, and
 
     internal_channels: between the two convolutions of 1x1-KxK; default the input's, twice that for depthwise
+    internal_ratio: the same as a share of the input's channels
+    identity: whether the first of the two starts as the identity, where it keeps the number of channels
     border: with which statistics the padding inside the two sequences is made while training, see `BiasPad`
     single_init: start as the KxK branch alone, the scales of the others at zero
 
@@ -412,12 +427,19 @@ class DiverseBranchBlock(ConvBlock):
             self.init_gamma({name: float(name == "kxk") for name, _ in self.branches.named_children()})
 
     @staticmethod
-    def recipes(spec: ConvSpec, internal_channels: int | None = None, border: str = "running") -> dict[str, Recipe]:
+    def recipes(
+        spec: ConvSpec,
+        internal_channels: int | None = None,
+        border: str = "running",
+        internal_ratio: float | None = None,
+        identity: bool = True,
+    ) -> dict[str, Recipe]:
         """The paper's four branches."""
+        between = {"internal_channels": internal_channels, "internal_ratio": internal_ratio, "identity": identity}
         return {
             "kxk": conv_norm,
             "1x1": partial(conv_norm, kernel_size=1),
-            "1x1_kxk": partial(pointwise_conv_norm, internal_channels=internal_channels, border=border),
+            "1x1_kxk": partial(pointwise_conv_norm, border=border, **between),
             "1x1_avg": partial(pointwise_average, border=border),
         }
 

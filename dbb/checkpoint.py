@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dbb import reference
 from dbb.blocks import BranchBlock
 from dbb.figures import write_atomically
-from dbb.models import MODELS, build_model, input_shape
+from dbb.models import MODELS, input_shape
 from dbb.recipes import TrainingRecipe
 from dbb.surgery import outermost_blocks, reparameterize
 from dbb.verify import assert_equivalent
@@ -104,7 +104,8 @@ def example_input(about: Mapping, batch: int = 2, size: int | None = None) -> Te
 def describe(about: Mapping) -> str:
     """In a line: which network, which block, which form, how many classes."""
     recipe = about["recipe"]
-    options = "".join(f", {name}={value}" for name, value in recipe["model_options"].items())
+    chosen = recipe["model_options"] | recipe.get("block_options", {})
+    options = "".join(f", {name}={value}" for name, value in chosen.items())
     return f"{recipe['model']}{options} with block {recipe['block']!r}, {_classes(about)} classes, {about['form']} form"
 
 
@@ -149,7 +150,7 @@ def _model_with_blocks(path: Path, device: str = "cpu") -> tuple[nn.Module, dict
     recipe = about["recipe"]
     # Libraries compute some constants while building, which would stay without memory.
     with torch.device("meta" if recipe["model"] in MODELS else "cpu"):
-        model = build_model(recipe["model"], _classes(about), recipe["block"], **recipe["model_options"]).eval()
+        model = TrainingRecipe(**recipe).build_model(_classes(about)).eval()
     if about["form"] == "restored":
         model = reparameterize(model, restore=True, say=None)
     if about["form"] == "folded":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from dbb.ablation import VARIANTS
 from dbb.recipes import TrainingRecipe, recipe
 from dbb.results import read
 
@@ -93,6 +94,15 @@ EXPERIMENTS = {
             options=("--channels-last",),
         ),
         Experiment(
+            "ablation_cpu",
+            "which part of a DBB does the work?",
+            recipe("cifar10_small", data="cifar10_jpeg"),
+            VARIANTS,
+            seeds=10,
+            device="cpu",
+            options=("--channels-last",),
+        ),
+        Experiment(
             "small_gpu",
             "the same with all images and more epochs",
             recipe("cifar10_small", data="cifar10_jpeg", epochs=40, train_images=None, model_options={"width": 16}),
@@ -119,11 +129,12 @@ EXPERIMENTS = {
 
 
 def all_runs(select: str = "") -> list[Run]:
-    """The runs whose name contains `select`, in the order in which they are to be done.
+    """The runs whose name contains `select`, in the order in which they are to be done, each once.
 
-    Raises ValueError where there is none.
+    Experiments share runs, such as their baselines. Raises ValueError where there is none.
     """
-    runs = [run for experiment in EXPERIMENTS.values() for run in experiment.runs if select in run.name]
+    selected = [run for experiment in EXPERIMENTS.values() for run in experiment.runs if select in run.name]
+    runs = list({(str(run.recipe), run.device): run for run in reversed(selected)}.values())[::-1]
     if not runs:
         raise ValueError(
             f"no run has {select!r} in its name; there are {', '.join(EXPERIMENTS)}, as dbb reproduce --list"
@@ -157,7 +168,7 @@ def listing(runs: Sequence[Run], results: Path, root: Path) -> Iterator[str]:
         r, record, state = run.recipe, find_record(run, records), state_of(run, records, root)
         accuracy = f"{record['test_accuracy']:.2%}" if record else ""
         yield (
-            f"{run.name:<28} {r.name:<19} {r.block:<7} seed {r.seed:<3} {r.epochs:>4} epochs  {r.data:<13} "
+            f"{run.name:<34} {r.name:<19} {r.block:<12} seed {r.seed:<3} {r.epochs:>4} epochs  {r.data:<13} "
             f"{run.device:<5} {state} {accuracy}".rstrip()
         )
 

@@ -7,6 +7,7 @@ plain. A plain convolution is a `ConvBlock`, one branch with its batch norm, so 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +161,17 @@ def input_shape(name: str) -> tuple[int, int, int]:
     return INPUT_SHAPES.get(name, (3, 224, 224))
 
 
-def build_model(name: str, num_classes: int, block: Block = "plain", **options) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, block: Block = "plain", *, block_options: dict | None = None, **options
+) -> nn.Module:
     """The model of that name, with blocks: one of ours, or "torchvision.NAME" or "timm.NAME" (see `replace_convs`).
 
-    options: of the function that builds it. Raises ValueError for an unknown model or block.
+    block_options: of each block; options: of the function that builds the model
+
+    Raises ValueError for an unknown model or block.
     """
+    if block_options:
+        block = partial(block_type(block), **block_options)
     if name.startswith(("torchvision.", "timm.")):
         return replace_convs(library_model(name, num_classes, **options), block, inplace=True, say=None)
     if name not in MODELS:

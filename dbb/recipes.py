@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from torch import nn
+
 AUGMENTATIONS = ("none", "shift", "crop_flip", "imagenet", "imagenet_strong")
 DECAY_RULES = ("by_type", "authors")
 
@@ -17,6 +19,7 @@ class TrainingRecipe:
     """All that decides a training run but the hardware.
 
     model, model_options, block: see `dbb.models`
+    block_options: of each block, as {"branches": ["kxk", "1x1"]}
     data: "digits", "cifar10", "cifar100" or the path of an image folder
     batch_size: of all processes together
     lr: at the start of a cosine that ends at zero, stepped by iteration
@@ -37,6 +40,7 @@ class TrainingRecipe:
     batch_size: int
     lr: float
     block: str = "plain"
+    block_options: dict = field(default_factory=dict)
     model_options: dict = field(default_factory=dict)
     momentum: float = 0.9
     nesterov: bool = False
@@ -74,6 +78,12 @@ class TrainingRecipe:
             if name not in known:
                 raise ValueError(f"a recipe has no {name!r}; it has {', '.join(known)}")
         return replace(self, **changes)
+
+    def build_model(self, num_classes: int) -> nn.Module:
+        """The network that the recipe trains, with random weights."""
+        from dbb.models import build_model
+
+        return build_model(self.model, num_classes, self.block, block_options=self.block_options, **self.model_options)
 
     def as_dict(self) -> dict:
         """All values, for records and checkpoints."""

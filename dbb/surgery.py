@@ -14,6 +14,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import nn
@@ -98,7 +99,8 @@ def survey_convs(
     _refuse_wrapped(model, "put the blocks into")
     if any(map(is_lazy, model.parameters())):
         raise ValueError("the model has lazy layers without weights: send one batch through it first")
-    kind, chosen = block_type(block), _selector(where)
+    kind, options = _kind(block, options)
+    chosen = _selector(where)
     if not hasattr(kind, "from_conv"):
         raise ValueError(f"block={block!r} cannot take the place of a convolution: give a subclass of dbb.ConvBlock")
     found = {"": Readers()} if isinstance(model, nn.Conv2d) else find_pairs(model)
@@ -138,7 +140,7 @@ def replace_convs(
 ) -> nn.Module:
     """The model with a block in the place of each chosen convolution and the batch norm that reads it.
 
-    block: a subclass of `ConvBlock`, or its name: "dbb", "acb", "repvgg", "plain"
+    block: a subclass of `ConvBlock`, `functools.partial` of one, or its name: "dbb", "acb", "repvgg", "plain"
     where: which convolutions, as `where(name, conv)`, a pattern of names ("layer1.*") or "re:" and a regular
         expression that a name holds; default those with 1 < K < 7, as in the paper (section 4.1)
     inplace: change the model itself; default a copy. A convolution as root is answered as its block, either way
@@ -154,7 +156,8 @@ def replace_convs(
 
     Raises ValueError where no convolution is chosen, for a wrapped model, and for names that do not exist.
     """
-    survey = survey_convs(model, block, where, pairs, **options)
+    kind, options = _kind(block, options)
+    survey = survey_convs(model, kind, where, pairs, **options)
     if not survey.replaced:
         raise ValueError(f"there is nothing to replace: {survey.summary() if survey else 'no nn.Conv2d in the model'}")
     _warn_of_optimizers(model)
@@ -163,7 +166,7 @@ def replace_convs(
     for choice in survey.replaced:
         conv = model.get_submodule(choice.name)
         norm = None if choice.norm is None else model.get_submodule(choice.norm)
-        new |= _block_for(conv, norm, block_type(block), preserve, options)
+        new |= _block_for(conv, norm, kind, preserve, options)
     if say:
         say(survey.summary())
     return _swap(model, new)
@@ -210,6 +213,12 @@ def _block_for(
         _move_hooks(norm, place)
     block.origin = Origin(skeleton(conv), None if norm is None else skeleton(norm), place)
     return {id(conv): block} | ({id(norm): place} if norm is not None else {})
+
+
+def _kind(block: Block, options: dict) -> tuple[Callable[..., nn.Module], dict]:
+    """The class of block, and all options that are given for it."""
+    kind = block_type(block)
+    return (kind.func, kind.keywords | options) if isinstance(kind, partial) else (kind, options)
 
 
 def _silence_others(block: ConvBlock) -> None:

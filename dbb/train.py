@@ -28,7 +28,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dbb.data import Batches, Images, load
 from dbb.figures import write_atomically
 from dbb.imagenet import FileBatches
-from dbb.models import build_model
 from dbb.recipes import TrainingRecipe
 from dbb.sampling import generator
 from dbb.surgery import reparameterize
@@ -145,7 +144,7 @@ class Trainer:
     def _make_model(self, synchronise: Callable[[nn.Module], nn.Module] | None) -> None:
         recipe, hardware = self.recipe, self.hardware
         torch.manual_seed(recipe.seed)
-        model = build_model(recipe.model, len(self.train_images.classes), recipe.block, **recipe.model_options)
+        model = recipe.build_model(len(self.train_images.classes))
         if self.world > 1 and synchronise is None and hardware.device.startswith("cuda"):
             synchronise = nn.SyncBatchNorm.convert_sync_batchnorm
         model = synchronise(model) if synchronise else model

@@ -539,7 +539,7 @@ REFUSED = {
     "padding='half' with stride": lambda: DiverseBranchBlock(4, 4, 3, padding="half"),
     "padding_mode='mirror' is not known": lambda: DiverseBranchBlock(4, 4, 3, padding_mode="mirror"),
     "border='zeros' is not known": lambda: DiverseBranchBlock(4, 4, 3, border="zeros"),
-    "internal_channels=3 must be divisible by groups=2": lambda: DiverseBranchBlock(
+    "internal_channels=3 must be a multiple of groups=2": lambda: DiverseBranchBlock(
         4, 4, 3, groups=2, internal_channels=3
     ),
     "branches \\['3x3'\\] are not known: choose from kxk, 1x1": lambda: DiverseBranchBlock(4, 4, 3, branches=["3x3"]),

@@ -42,6 +42,15 @@ def test_every_run_has_its_own_name_and_a_complete_recipe():
     assert len({run.name for run in runs}) == len(runs) > 100
 
 
+def test_experiments_share_their_runs():
+    shared = [run for run in EXPERIMENTS["ablation_cpu"].runs if run.variant in ("plain", "dbb")]
+    assert len(shared) == 20
+    names = {run.name for run in matrix.all_runs()}
+    assert not any(run.name in names for run in shared)
+    own = {run.name for run in matrix.all_runs("ablation_cpu")}
+    assert {run.name for run in shared} <= own
+
+
 def test_the_experiment_that_decides_compares_equal_epochs_and_equal_time():
     small = EXPERIMENTS["small_cpu"]
     assert small.device == "cpu" and small.seeds >= 10 and small.recipe.data == "cifar10_jpeg"
