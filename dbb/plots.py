@@ -21,7 +21,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dbb._diagrams import SIGN, layout
 from dbb.affine import Affine, Pair
@@ -157,7 +157,7 @@ def label_tiles(ax: Axes, rows: Sequence[str], columns: Sequence[str], tile: Pai
     for n, name in enumerate(rows):
         ax.text(-0.8, (n + 0.5) * (tile[0] + 1), name, ha="right", va="center", color=INK)
     for n, name in enumerate(columns):
-        ax.text((n + 0.5) * (tile[1] + 1), -0.8, name, ha="center", va="bottom", color=INK, fontsize=8)
+        ax.text((n + 0.5) * (tile[1] + 1), -0.8, name, ha="center", va="bottom", color=INK)
 
 
 def matrix(
@@ -385,6 +385,30 @@ def module_diagram(module: nn.Module, ax: Axes | None = None, title: str = "") -
         _words(ax, x, y, symbol, 15)
     wider = max(0.0, ax.get_window_extent().width / ax.figure.dpi - width) / 2  # small ones are not blown up
     ax.set(xlim=(-0.25 - wider, width - 0.25 + wider), ylim=(-height / 2, height / 2), aspect="equal")
+    return ax
+
+
+def forward_graph(
+    module: nn.Module, pairs: Mapping[str, str | None] | None = None, ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """Who reads whom in a module's forward, from left to right; each convolution and norm in `pairs` share a colour.
+
+    What reads the same as another stands below it, and what is read from afar sends its wire around the others.
+    """
+    ax, at, taken = _bare(ax, title), {}, set()
+    colours = {name: c for pair, c in zip((pairs or {}).items(), (BLUE, RED, PURPLE, ORANGE)) for name in pair}
+    for node in fx.symbolic_trace(module).graph.nodes:
+        sources = [at[source] for source in node.all_input_nodes]
+        x = 1 + max((place[0] for place in sources), default=-1)
+        y = next(-level for level in count() if (x, -level) not in taken)
+        name, at[node] = str(node.target) if node.op == "call_module" else node.name, (x, y)
+        taken.add((x, y))
+        for start, level in sources:
+            height = min(level, y) if level or y else 0.7 * (x - start > 1)  # around what stands between
+            bend = [(start + 0.45, height), (x - 0.45, height)] if x - start > 1 else []
+            _wire(ax, [(start, level), *bend, (x, y)], GREY)
+        _layer(ax, x, y, "\n.".join(name.rsplit(".", 1)) if len(name) > 9 else name, colours.get(name, GREY))
+    ax.set(xlim=(-0.5, x + 0.5), ylim=(min(y for _, y in taken) - 0.5, 1))
     return ax
 
 
