@@ -25,6 +25,7 @@ examples:
   dbb export trained.safetensors model.onnx              fold, write ONNX, compare with ONNX Runtime
   dbb inspect FILE                                       which model, which form, and what can be done with it
   dbb reproduce --list                   the runs behind the recorded numbers, done and pending
+  dbb claims                             what the suite claims, and how each claim stands by the records
   dbb reproduce --budget 9m              do the next ones that this machine can, for nine minutes
 
 Executed notebooks go to build/notebooks/, a report to read goes to build/report/index.html.
@@ -86,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--results", type=Path, default=Path("data/results"), help="where records are kept")
     again.add_argument("--root", type=Path, default=Path("data/cache"), help="where data sets are kept")
     again.set_defaults(action=_reproduce)
+    claims = commands.add_parser(
+        "claims", help="evaluate every claim anew; exit status 1 if one holds no more", **layout
+    )
+    claims.add_argument("--update", action="store_true", help="write the statuses, and the table in README.md")
+    claims.set_defaults(action=_claims)
     commands.add_parser("list", help="list the notebooks and when each last ran").set_defaults(action=_list)
     return parser
 
@@ -263,6 +269,20 @@ def _reproduce(options: argparse.Namespace) -> int:
     ended = matrix.reproduce(runs, budget, options.results, options.root, options.jobs, _say)
     _say(", ".join(f"{len(names)} {end}" for end, names in ended.items()))
     return 1 if ended["failed"] else 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from dbb import claims, suite
+
+    root = suite.find_project(Path.cwd()).root
+    findings = claims.evaluate(root, claims.ledger(root))
+    _say(claims.table(findings))
+    broken = [finding.claim.id for finding in findings if finding.broken]
+    if options.update:
+        _say(f"changed: {', '.join(claims.update(root, findings)) or 'nothing'}")
+    if broken:
+        print(f"dbb: held before and does not now: {', '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def _run(options: argparse.Namespace) -> int:
