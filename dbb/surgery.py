@@ -337,6 +337,9 @@ def reparameterize(
     answered as its convolution. A model without blocks is answered as it is, so that folding twice is harmless.
     An optimizer that was built before knows nothing of the new parameters.
 
+    timm's function of the same name folds our blocks, too. Networks of timm that fold layers of their own, such as its
+    RepVGG, want to see these again: give it `reparameterize(model, restore=True)`.
+
     restore: give back the architecture that `replace_convs` was given, convolution and batch norm, so that the weights
         load strictly into it. The norm that comes back only adds the bias (mean 0, variance 1): it is for inference,
         or for finetuning with frozen norms, since its statistics are not those of the data, and `say` is told so

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 
@@ -96,3 +97,41 @@ def test_strip_joins_equal_seeds(ax):
     assert [mean[0][1] for mean in means] == [1.5, 6]
     assert [dots.get_offsets().tolist() for dots in ax.collections] == [[[0, 1], [0, 2]], [[1, 5], [1, 7]]]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["plain", "DBB"]
+
+
+def test_shares_stack_up_from_zero_and_hang_below_it(ax):
+    plots.shares({"a": {"kxk": 0.7, "1x1": 0.5, "1x1_avg": -0.2}}, ax, before={"a": {"kxk": 1.0}})
+    pale, *now = ax.patches
+    assert (pale.get_y(), pale.get_height()) == (0, 1) and pale.get_alpha() < now[0].get_alpha()
+    assert [(round(p.get_y(), 3), round(p.get_height(), 3)) for p in now] == [(0, 0.7), (0.7, 0.5), (0, -0.2)]
+    assert now[0].get_facecolor()[:3] == to_rgb(plots.BRANCH_COLOURS["kxk"])
+    assert pale.get_x() < now[0].get_x()
+
+
+def test_cosines_say_their_values_where_they_belong(ax):
+    table = torch.tensor([[1.0, 0.34, math.nan], [-0.52, 1.0, -0.01], [math.nan, 0.9, 1.0]])
+    plots.cosines(table, ["kxk", "1x1", "1x1_avg"], ax)
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (1, 0): "0.3",
+        (0, 1): "−0.5",
+        (2, 1): "0.0",
+        (1, 2): "0.9",
+    }
+    assert [patch.get_xy() for patch in ax.patches] == [(-0.5, -0.5), (0.5, 0.5), (1.5, 1.5)]
+
+
+def test_the_graph_of_a_forward_joins_what_reads_what(ax):
+    net = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(1, 1, 1), norm=torch.nn.BatchNorm2d(1)))
+    plots.forward_graph(net, {"conv": "norm"}, ax)
+    places = {text.get_text(): text.get_position() for text in ax.texts}
+    columns = [places[name][0] for name in ("conv", "norm", "output")]
+    assert columns == sorted(columns) and len(set(columns)) == 3
+
+
+def test_names_stand_beside_their_tiles(ax):
+    plots.label_tiles(ax, ["a", "b"], ["c"], (3, 3))
+    assert [(text.get_text(), text.get_position()) for text in ax.texts] == [
+        ("a", (-0.8, 2)),
+        ("b", (-0.8, 6)),
+        ("c", (2, -0.8)),
+    ]
