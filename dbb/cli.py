@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"dbb: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:  # of a package that only some commands need
+        print(f"dbb: this command needs {error.name}: pip install {error.name}", file=sys.stderr)
+        return 2
     except AssertionError as error:  # two forms of a model that should agree do not
         print(f"dbb: {error}", file=sys.stderr)
         return 1

@@ -154,6 +154,13 @@ def test_calls_that_lack_something(call):
     assert ended.value.code == 2
 
 
+def test_a_missing_package_is_named(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "this command needs safetensors: pip install safetensors" in said(
+        capsys, "inspect", "trained.safetensors", status=2
+    )
+
+
 def test_as_a_command(files):
     command = [sys.executable, "-m", "dbb", "convert", "trained.safetensors", "folded.pth"]
     assert subprocess.run(command, capture_output=True, check=True).stdout.decode().startswith("folded.pth: digits_net")
