@@ -352,9 +352,10 @@ def reparameterize(
     if restore:
         _check_restorable(blocks)
         if say:
+            norms = sum(block.origin is not None and block.origin.norm is not None for block in blocks.values())
             say(
-                f"{len(blocks)} blocks folded, their batch norms back with mean 0 and variance 1: load the weights for "
-                f"inference, or finetune with the norms frozen (norm.eval() after model.train())"
+                f"{len(blocks)} blocks folded, {norms} batch norms back with mean 0 and variance 1: load the weights "
+                f"for inference, or finetune with the norms frozen (norm.eval() after model.train())"
             )
     if inplace and blocks:
         _warn_of_optimizers(model)
