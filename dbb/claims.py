@@ -221,7 +221,7 @@ def _compared(claim: Claim, records: list[dict]) -> tuple[str, str]:
 
 def _waits_for(experiment: matrix.Experiment) -> str:
     place = "a GPU" if experiment.device == "cuda" else "time on a CPU"
-    return f"waits for {place} and {experiment.recipe.data}: dbb reproduce --select {experiment.name}"
+    return f"waits for {place} and {experiment.recipe.data}: dbb reproduce --select {experiment.name}-"
 
 
 def _ran(root: Path, numbers: list[str]) -> tuple[str, str]:

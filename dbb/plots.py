@@ -37,6 +37,13 @@ VARIANTS = {  # of a network: the colour and the name of each; plain ones are ki
     "dbb": (RED, "DBB"),
     "plain_as_long": (SKY, "plain, as long"),
 }
+STATUSES = {  # of claims: the colour, the sign and the word of each; dark, middle, pale, white and hatched when printed
+    "holds": (BLUE, "✓", "holds"),
+    "differs": (ORANGE, "≠", "differs"),
+    "undecided": ("#f0dce7", "?", "undecided"),
+    "pending": ("white", "…", "pending"),
+    "cannot be tested here": ("#e4e4e1", "×", "cannot be tested here"),
+}
 
 MAPS = "cividis"  # for activations: brightness follows the value
 SIGNED = "PuOr_r"  # for kernels and differences: white is zero, orange positive, purple negative
@@ -337,6 +344,70 @@ def tallies(
     return ax
 
 
+def scoreboard(
+    rows: Sequence[tuple[str, Sequence[tuple[str, str] | None]]],
+    columns: Sequence[str],
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """A table of named rows of (text, status), each of `STATUSES` with its colour and sign; other cells are grey.
+
+    A cell without a text stays visibly empty; None is no cell.
+    """
+    ax = _bare(ax, "")
+    ax.set_title(title, pad=20)  # above the names of the columns
+    for row, (name, cells) in enumerate(rows):
+        ax.text(-0.04, row + 0.5, name, ha="right", va="center", color=INK)
+        for column, cell in enumerate(cells):
+            if cell is not None:
+                _scored(ax, column, row, *cell)
+    for column, name in enumerate(columns):
+        ax.text(column + 0.5, -0.12, name, ha="center", va="bottom", color=INK)
+    ax.set(xlim=(0, len(columns)), ylim=(len(rows), -0.25))
+    return ax
+
+
+def forest(
+    rows: Mapping[str, tuple[Sequence[float], tuple[float, float] | None, float | None, str]],
+    ax: Axes | None = None,
+    title: str = "",
+    hollow: Collection[str] = (),
+) -> Axes:
+    """Differences, a named row each: (one dot a seed, interval of the mean, published value, status of `STATUSES`).
+
+    What is published is a diamond, an empty one in rows that are `hollow`: another network's.
+    """
+    ax = ax or plt.gca()
+    for y, (name, (dots, ends, published, status)) in enumerate(rows.items()):
+        if ends is not None:
+            ax.plot(ends, (y, y), color=BLUE, linewidth=4, solid_capstyle="butt")
+        if published is not None:
+            face = "white" if name in hollow else INK
+            ax.plot(published, y, "D", color=face, markeredgecolor=INK, markersize=6, zorder=4)
+        if dots:
+            ax.scatter(dots, [y + 0.3] * len(dots), s=12, color=INK, linewidth=0)
+            ax.plot(sum(dots) / len(dots), y, "|", color="white", markersize=7, markeredgewidth=1.5, zorder=3)
+        face, symbol, word = STATUSES[status]
+        ink, box = "white" if sum(to_rgb(face)) < 1.4 else INK, {"facecolor": face, "edgecolor": GREY}
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 8}
+        ax.text(1.03, y, f"{symbol}  {word}", color=ink, bbox=box, **place)
+    ax.axvline(0, color=INK, linewidth=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(title=title, xlabel="difference, percentage points", ylim=(len(rows) - 0.4, -0.6))
+    if engine := ax.figure.get_layout_engine():
+        engine.set(w_pad=0.1)  # for the boxes around the words
+    return ax
+
+
+def status_key(figure: Figure, statuses: Iterable[str] = STATUSES) -> None:
+    """Colours, signs and words of the statuses, under a figure."""
+    handles = []
+    for face, symbol, word in (STATUSES[status] for status in statuses):
+        label, hatch = f"{symbol}  {word}", "////" if symbol == "×" else None
+        handles.append(Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=GREY, hatch=hatch, label=label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2)
+
+
 def branch_diagram(branches: Mapping[str, Sequence[str]], folded: str, ax: Axes | None = None) -> Axes:
     """A block as a diagram: on the left its branches, each a row of layers, added; on the right what they fold into."""
     ax = _bare(ax, "")
@@ -570,6 +641,19 @@ def _tap(ax: Axes, n: int, windows: Sequence[Sequence[Sequence[int]]]) -> Line2D
             place = Affine2D().scale(size).translate(x, y)
             ax.add_patch(PathPatch(path.transformed(place), facecolor=face, edgecolor=colour, linewidth=2.5, zorder=2))
     return Line2D([], [], linestyle="", marker=shape, color=colour, markerfacecolor=face, markeredgewidth=2)
+
+
+def _scored(ax: Axes, column: int, row: int, text: str, status: str) -> None:
+    """A cell of a scoreboard."""
+    face, symbol, _ = STATUSES.get(status, (PAPER, "", ""))
+    style = {"facecolor": face, "edgecolor": "white" if symbol == "" else GREY, "linewidth": 0.8}
+    if symbol == "×":
+        style |= {"hatch": "////", "edgecolor": "#c4c4bf"}
+    ax.add_patch(Rectangle((column + 0.02, row + 0.06), 0.96, 0.88, **style))
+    ink = "white" if sum(to_rgb(face)) < 1.4 else INK
+    ax.text(column + 0.05, row + 0.5, symbol, ha="left", va="center", color=ink, weight="bold")
+    shift = 0.03 if symbol and text else 0
+    ax.text(column + 0.5 + shift, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8, linespacing=1.05)
 
 
 def _wire(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:

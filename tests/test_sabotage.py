@@ -300,6 +300,46 @@ FAULTS = [
         "tests/test_train.py::test_strong_augmentation_changes_colours",
         "12",
     ),
+    Fault(
+        "a convolution that others read, too, loses its answer to a block",
+        "pairs.py",
+        "if found != norms or len(norms) > 1:",
+        "if len(norms) > 1:",
+        "tests/test_replace.py::test_left_alone_and_said_why[more than one batch norm reads it: BatchNorm2d, add]",
+        "16",
+    ),
+    Fault(
+        "the norm that is given back forgets its eps",
+        "surgery.py",
+        "norm.running_var.fill_(1 - norm.eps)",
+        "norm.running_var.fill_(1.0)",
+        "tests/test_replace.py::test_restore_loads_strictly_and_answers_the_same[1e-05-True-True]",
+        "16",
+    ),
+    Fault(
+        "an optimizer that trains other parameters is let through",
+        "surgery.py",
+        "if strangers or forgotten:",
+        "if False:",
+        "tests/test_replace.py::test_an_optimizer_built_too_early_is_noticed",
+        "16",
+    ),
+    Fault(
+        "an interval that holds zero is called a success",
+        "claims.py",
+        "not low <= published <= high else UNDECIDED",
+        "not low <= published <= high else HOLDS",
+        "tests/test_claims.py::test_judge[-0.2-0.6-0.5-1-undecided]",
+        "15",
+    ),
+    Fault(
+        "one seed is enough for a status",
+        "claims.py",
+        "if low is None or high is None:\n        return UNDECIDED",
+        "if low is None or high is None:\n        return HOLDS",
+        "tests/test_claims.py::test_judge[None-None-0.5-1-undecided]",
+        "15",
+    ),
 ]
 TAUGHT = [fault for fault in FAULTS if fault.notebook]
 
