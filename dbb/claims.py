@@ -26,6 +26,7 @@ HOLDS, DIFFERS, UNDECIDED, PENDING, CANNOT = STATUSES = (
     "pending",
     "cannot be tested here",
 )
+FEWEST_SEEDS = 5  # with fewer, the scatter itself is known from almost nothing, and two seeds may agree by luck
 KINDS = ("check", "notebooks", "experiment", "cannot")
 SECTION = "<!-- written by `dbb claims --update` -->"
 
@@ -216,6 +217,8 @@ def _compared(claim: Claim, records: list[dict]) -> tuple[str, str]:
     low, high = (None if end is None else 100 * end for end in (result.low, result.high))
     interval = "no interval from one seed" if low is None else f"[{low:+.2f}, {high:+.2f}]"
     words = f"{100 * result.difference:+.2f} {interval}, {result.seeds} seeds"
+    if result.seeds < FEWEST_SEEDS:
+        return UNDECIDED, f"{words}: too few to decide"
     return judge(low, high, published, claim.direction), words
 
 

@@ -92,6 +92,20 @@ def test_a_falsified_record_is_noticed(project, monkeypatch, capsys):
     assert "held before and does not now: small" in said.err and "(was: holds)" in said.out
 
 
+def test_a_few_seeds_decide_nothing(project):
+    """However well they agree."""
+    path = project / "data/results/runs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, wanted in ((claims.FEWEST_SEEDS, HOLDS), (claims.FEWEST_SEEDS - 1, UNDECIDED)):
+        kept = [line for line in lines if line["recipe"]["seed"] < number]
+        for line in kept:
+            if line["recipe"]["epochs"] == 12:
+                line["test_accuracy"] = {"plain": 0.4, "dbb": 0.5}.get(line["recipe"]["block"], 0.4)
+                line["test_accuracy"] += line["recipe"]["seed"] / 1000 * (line["recipe"]["block"] == "dbb")
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        assert status(project, "small") == wanted
+
+
 def test_a_changed_cell_of_the_paper_is_noticed(project):
     path = project / "data/paper/table2.csv"
     path.write_text(path.read_text().replace("94.62", "94.92"))
