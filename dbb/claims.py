@@ -17,6 +17,7 @@ import torch
 
 from dbb import matrix
 from dbb.figures import write_atomically
+from dbb.matrix import FEWEST_SEEDS
 from dbb.results import read
 
 HOLDS, DIFFERS, UNDECIDED, PENDING, CANNOT = STATUSES = (
@@ -26,7 +27,6 @@ HOLDS, DIFFERS, UNDECIDED, PENDING, CANNOT = STATUSES = (
     "pending",
     "cannot be tested here",
 )
-FEWEST_SEEDS = 5  # with fewer, the scatter itself is known from almost nothing, and two seeds may agree by luck
 KINDS = ("check", "notebooks", "experiment", "cannot")
 SECTION = "<!-- written by `dbb claims --update` -->"
 

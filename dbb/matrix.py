@@ -22,6 +22,7 @@ from dbb.recipes import TrainingRecipe, recipe
 from dbb.results import read
 
 RUNS_FOLDER = Path("build/runs")
+FEWEST_SEEDS = 5  # with fewer, the scatter itself is known from almost nothing, and two seeds may agree by luck
 STOPPED = 143  # what `dbb train` answers after SIGTERM
 MINUTE_UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -193,9 +194,11 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the interval leaves zero out, else "undecided"; "" for the baseline itself."""
+        """ "better" or "worse" where the interval of enough seeds leaves zero out, else "undecided", or ""."""
         if self.low is None:
             return ""
+        if self.seeds < FEWEST_SEEDS:
+            return "undecided"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 

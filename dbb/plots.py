@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count, pairwise, product
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import torch
@@ -25,6 +26,9 @@ from torch import Tensor, fx, nn
 
 from dbb._diagrams import SIGN, layout
 from dbb.affine import Affine, Pair
+
+if TYPE_CHECKING:
+    from dbb.matrix import Comparison
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; a branch has one colour everywhere.
 INK, GREY, PAPER = "#222222", "#8a8a8a", "#f1f1ee"
@@ -396,6 +400,41 @@ def forest(
     ax.set(title=title, xlabel="difference, percentage points", ylim=(len(rows) - 0.4, -0.6))
     if engine := ax.figure.get_layout_engine():
         engine.set(w_pad=0.1)  # for the boxes around the words
+    return ax
+
+
+def verdicts(
+    rows: Mapping[str, tuple[Sequence[float], Comparison | None, float | None]],
+    ax: Axes | None = None,
+    title: str = "",
+    fewest: int = 2,
+) -> Axes:
+    """Paired differences in points, a named row each: (one dot a seed, their comparison, a published difference).
+
+    What is published is a hollow diamond, of another network; a row without a comparison says "pending".
+    Below the `fewest` pairs an interval is drawn and decides nothing.
+    """
+    ax, colours = ax or plt.gca(), {"better": BLUE, "worse": RED, "undecided": GREY}
+    for y, (dots, compared, published) in enumerate(rows.values()):
+        word = "pending" if compared is None else compared.verdict or "one seed"
+        if compared is not None and 1 < compared.seeds < fewest:
+            word = "undecided"
+        colour = colours.get(word, INK)
+        if published is not None:
+            ax.plot(published, y - 0.24, "D", color="white", markeredgecolor=INK)
+        if compared is not None:
+            ax.scatter(dots, [y + 0.24] * len(dots), s=14, color=INK, linewidth=0)
+        if compared is not None and compared.low is not None:
+            ax.plot(100 * compared.difference, y, "|", color=colour, markersize=11, markeredgewidth=3)
+            word = f"{word}, {compared.seeds} pairs"
+            ends = (100 * compared.low, 100 * compared.high)
+            ax.plot(ends, (y, y), color=colour, linewidth=3, solid_capstyle="butt")
+        ax.text(1.02, y, word, transform=ax.get_yaxis_transform(), va="center", color=INK)
+    ax.axvline(0, color=INK, linewidth=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(title=title, ylim=(len(rows) - 0.4, -0.6), xlabel="difference, percentage points of test accuracy")
+    if not ax.collections and not any(published is not None for _, _, published in rows.values()):
+        ax.set(xlim=(-1, 1), xticks=[0])  # nothing to show has no scale
     return ax
 
 

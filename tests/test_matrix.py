@@ -87,14 +87,15 @@ def test_differences_are_paired():
     assert dbb.difference == pytest.approx(0.021) and dbb.seeds == 2
     # Student's t of one degree of freedom: 12.706 standard errors, of 0.001
     assert (dbb.low, dbb.high) == (pytest.approx(0.021 - 0.012706, abs=1e-6), pytest.approx(0.021 + 0.012706, abs=1e-6))
-    assert dbb.verdict == "better"
+    assert dbb.verdict == "undecided"  # two seeds may agree by luck
+    assert replace(dbb, seeds=matrix.FEWEST_SEEDS).verdict == "better"
 
 
 @pytest.mark.parametrize("shift, verdict", [(0.02, "better"), (-0.02, "worse"), (0.0, "undecided")])
 def test_a_verdict_leaves_zero_out(shift, verdict):
     noise = [0.001, -0.001]
     records = [line_of(run, 0.5 + (shift + noise[run.recipe.seed]) * (run.variant == "dbb")) for run in EXPERIMENT.runs]
-    assert compare(EXPERIMENT, records)[1].verdict == verdict
+    assert replace(compare(EXPERIMENT, records)[1], seeds=matrix.FEWEST_SEEDS).verdict == verdict
 
 
 def test_only_seeds_that_all_variants_have_are_compared():

@@ -340,6 +340,22 @@ FAULTS = [
         "tests/test_claims.py::test_judge[None-None-0.5-1-undecided]",
         "15",
     ),
+    Fault(
+        "the block that is linear in training has a norm for each kernel",
+        "ablation.py",
+        "conv_norm(spec, sizes[part])[:-1]",
+        "conv_norm(spec, sizes[part])",
+        "tests/test_ablation.py::test_linear_is_linear_while_it_trains",
+        "13",
+    ),
+    Fault(
+        "the start of a DBB is forgotten",
+        "ablation.py",
+        "branch.conv.weight.copy_(kernel)",
+        "branch.conv.weight.copy_(branch.conv.weight)",
+        "tests/test_ablation.py::test_folded_start_is_where_a_dbb_starts[geometry0]",
+        "13",
+    ),
 ]
 TAUGHT = [fault for fault in FAULTS if fault.notebook]
 
