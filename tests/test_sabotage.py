@@ -114,8 +114,8 @@ FAULTS = [
     Fault(
         "the outputs of groups are interleaved",
         "affine.py",
-        '"g o v u -> (g o) v u"',
-        '"g o v u -> (o g) v u"',
+        '"g o (i a b) (c d) -> (g o) i (a c) (b d)"',
+        '"g o (i a b) (c d) -> (o g) i (a c) (b d)"',
         "tests/test_affine.py::test_grouped_pointwise_then_kernel_is_a_direct_sum_of_merges",
     ),
     Fault(

@@ -423,7 +423,7 @@ def test_the_commands_train_go_on_and_score(tmp_path, capsys):
         (["train", "digits", "--device", "cuda:99"], "device='cuda:99' cannot be used here"),
         (["train", "digits", "--precision", "float8"], "precision='float8' is not known"),
         (["train", "digits", "--data", "nowhere"], "nowhere is no image folder"),
-        (["eval", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        (["eval", "nowhere.safetensors"], "nowhere.safetensors cannot be read (No such file"),
     ],
 )
 def test_a_wrong_call_is_answered_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, call, message):
