@@ -52,9 +52,9 @@ def _sum_norm(spec: ConvSpec, parts: Iterable[str]) -> nn.Sequential:
 @torch.no_grad()
 def _folded_start(spec: ConvSpec) -> nn.Sequential:
     branch = conv_norm(spec)
-    padding = tuple(before for before, _ in spec.padding)
-    shape = (spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, padding, spec.dilation, spec.groups)
-    kernel, _ = DiverseBranchBlock(*shape).get_equivalent_kernel_bias()
+    # Its kernel does not depend on where the windows lie.
+    block = DiverseBranchBlock(spec.in_channels, spec.out_channels, spec.kernel_size, groups=spec.groups)
+    kernel, _ = block.get_equivalent_kernel_bias()
     branch.conv.weight.copy_(kernel)
     return branch
 

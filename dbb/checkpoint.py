@@ -85,8 +85,8 @@ def convert(source: Path, target: Path, restore: bool = False) -> dict:
     source, target = Path(source), Path(target)
     _check_target(source, target)
     model, about = _model_with_blocks(source)
-    if about["form"] == "folded" and not restore:
-        raise ValueError(f"{source} is folded already: {describe(about)}")
+    if about["form"] != "training" and not restore:
+        raise ValueError(f"{source} is {about['form']} already: {describe(about)}")
     precise = copy.deepcopy(model).double()
     assert_equivalent(precise, reparameterize(precise, restore=restore, say=None), example_input(about).double())
     about |= {"form": "restored" if restore else "folded", "converted_from": source.name}

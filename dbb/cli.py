@@ -143,16 +143,12 @@ def _add_files(commands, layout: dict) -> None:
     )
     verify.add_argument("--block", default="dbb", help="of --arch: plain, acb, dbb (default) or repvgg")
     verify.add_argument("--seed", type=int, default=0, help="of --arch: of its weights and statistics (default 0)")
-    verify.add_argument(
-        "--size", type=int, metavar="PIXELS", help="height and width of the images (default the model's)"
-    )
+    verify.add_argument("--size", type=int, metavar="PIXELS", help=SIZE)
     verify.set_defaults(action=_verify)
     export = commands.add_parser("export", help="fold a model and write it as ONNX, checked", **layout)
     export.add_argument("checkpoint", type=Path, metavar="MODEL", help=CHECKPOINT)
     export.add_argument("target", type=Path, metavar="OUT.onnx")
-    export.add_argument(
-        "--size", type=int, metavar="PIXELS", help="height and width of the images (default the model's)"
-    )
+    export.add_argument("--size", type=int, metavar="PIXELS", help=SIZE)
     export.set_defaults(action=_export)
     inspect = commands.add_parser("inspect", help="say what a file of a model is", **layout)
     inspect.add_argument("file", type=Path, help=f"{CHECKPOINT}, or an .onnx file")

@@ -317,7 +317,11 @@ def _with_pairs_by_hand(model: nn.Module, found: dict[str, Readers], pairs: Pair
         if norm is not None and not isinstance(layers.get(norm), _BatchNorm):
             norms = [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
             raise ValueError(f"pairs names {norm!r}, which is no batch norm of the model: it has {_some(norms)}")
-    return found | {conv: Readers(norm) for conv, norm in pairs.items()}
+    readers = found | {conv: Readers(norm) for conv, norm in pairs.items()}
+    norms = [reader.norm for reader in readers.values() if reader.norm is not None]
+    if twice := {norm for norm in pairs.values() if norms.count(norm) > 1}:
+        raise ValueError(f"pairs gives {_some(twice)} to two convolutions: a batch norm can go into one block only")
+    return readers
 
 
 def _some(names) -> str:

@@ -293,6 +293,8 @@ def test_restored_weights_load_strictly_into_torchvision(resnet, tmp_path, by_wa
     again, about = load_model(tmp_path / "plain.safetensors")
     assert about["form"] == "restored"
     assert_equivalent(before, again, x)
+    with pytest.raises(ValueError, match=r"plain\.safetensors is restored already"):
+        convert(tmp_path / "plain.safetensors", tmp_path / "again.safetensors")
 
 
 def test_networks_of_the_libraries_are_kept_like_ours(tmp_path):

@@ -261,6 +261,11 @@ def test_wrong_calls_are_refused(arguments, message):
         replace_convs(Pair(), **arguments)
 
 
+def test_a_norm_goes_into_one_block():
+    with pytest.raises(ValueError, match="pairs gives norm to two convolutions"):
+        replace_convs(NormOfTwo(), pairs={"conv": "norm", "second": "norm"})
+
+
 def test_models_that_cannot_be_operated_on():
     with pytest.raises(ValueError, match=r"wrapped in DataParallel.*put the blocks into model\.module"):
         replace_convs(nn.DataParallel(Pair()))

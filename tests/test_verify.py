@@ -154,3 +154,10 @@ def test_saved_bytes_are_those_of_the_activations():
     net = nn.Sequential(*net, DiverseBranchBlock(4, 4, 3, deploy=True))
     found = cost(net, torch.randn(1, 2, 10, 10), min_seconds=0.01)
     assert found.training.saved_bytes == found.folded.saved_bytes == 4 * (2 * 100 + 3 * 100 + 4 * 100)
+
+
+def test_a_traced_graph_in_training_mode_is_refused():
+    """Unlike an exported one it holds batch norms, which use the batch."""
+    block = DiverseBranchBlock(3, 4, 3)
+    with pytest.raises(ValueError, match="in training mode"):
+        assert_equivalent(block.eval(), torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3)).train()), image(3))
