@@ -338,14 +338,16 @@ class ConvBlock(BranchBlock):
         """A block with the geometry, device, dtype and mode of `conv`; its weight and `bn` go into the "kxk" branch.
 
         The other branches start fresh, so the output changes: `init_gamma` weighs them. All norms of the block take
-        the eps and the momentum of `bn`. Raises ValueError for a `conv` that is no plain `nn.Conv2d`.
+        the eps and the momentum of `bn`. With `deploy` the block is the convolution that both fold to. Raises ValueError for a `conv` that is no plain `nn.Conv2d`.
         """
         if type(conv) is not nn.Conv2d:
             raise ValueError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}: its forward may differ")
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         like = {"device": conv.weight.device, "dtype": conv.weight.dtype, "padding_mode": conv.padding_mode}
         block = cls(*shape, conv.groups, **like, **options).train(conv.training)
-        if block.branches is not None and "kxk" in dict(block.branches.named_children()):
+        if block.branches is None:
+            _adopt_folded(block.conv, ConvBlock.from_conv(conv, bn))
+        elif "kxk" in dict(block.branches.named_children()):
             _adopt(block.branches["kxk"], conv, bn)
         for norm in (m for m in block.modules() if bn is not None and isinstance(m, nn.BatchNorm2d)):
             norm.eps, norm.momentum = bn.eps, bn.momentum
@@ -566,6 +568,14 @@ def _adopt(branch: nn.Sequential, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) ->
             getattr(branch.bn, name).copy_(getattr(bn, name))
     if conv.bias is not None:
         branch.bn.running_mean.sub_(conv.bias)  # a bias in front of a norm only moves the mean
+
+
+@torch.no_grad()
+def _adopt_folded(conv: nn.Conv2d, plain: ConvBlock) -> None:
+    """Make a convolution compute what a block computes in eval mode."""
+    kernel, bias = plain.get_equivalent_kernel_bias()
+    conv.weight.copy_(kernel)
+    conv.bias.copy_(bias)
 
 
 def _example(block: BranchBlock) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dbb import matrix
 from dbb.figures import write_atomically
@@ -181,6 +182,9 @@ def _claim(entry: dict, paper: Path) -> Claim:
         raise ValueError(f"the claim {entry} lacks {missing or 'a status out of ' + ', '.join(STATUSES)}")
     if sum(kind in entry for kind in KINDS) != 1:
         raise ValueError(f"the claim {entry['id']!r} must have one of {', '.join(KINDS)}: that is how it is evaluated")
+    for kind, known in (("check", CHECKS), ("experiment", matrix.EXPERIMENTS)):
+        if entry.get(kind) not in (None, *known):
+            raise ValueError(f"the claim {entry['id']!r} has {kind} {entry[kind]!r}: there are {', '.join(known)}")
     published = _published(entry, paper)
     direction = entry.get("direction") or (1 if published is None or published > 0 else -1)
     return Claim(*(entry[name] for name in ("id", "says", "paper", "status")), entry, published, direction)
@@ -261,11 +265,17 @@ def folded_is_the_plain_network(root: Path) -> tuple[str, str]:
     from dbb import reparameterize
     from dbb.models import build_model
 
-    shapes = []
+    shapes, macs = [], []
     for block in ("plain", "dbb"):
         folded = reparameterize(build_model("small_resnet", 10, block, width=8).eval())
         shapes.append({name: tuple(tensor.shape) for name, tensor in folded.state_dict().items()})
-    return (HOLDS if shapes[0] == shapes[1] else DIFFERS), f"{len(shapes[0])} tensors of the same names and shapes"
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            folded(torch.rand(1, 3, 32, 32))
+        macs.append(counter.get_total_flops() // 2)
+    same = shapes[0] == shapes[1] and macs[0] == macs[1] > 0
+    return (
+        HOLDS if same else DIFFERS
+    ), f"{len(shapes[0])} tensors of the same names and shapes, {macs[0]:,} multiply-adds"
 
 
 def zero_padding_is_not_exact(root: Path) -> tuple[str, str]:
@@ -300,20 +310,27 @@ def norms_are_nonlinear_in_training(root: Path) -> tuple[str, str]:
 
 
 def average_at_stride_2(root: Path) -> tuple[str, str]:
-    """The scale of the 1x1-AVG branch against the others of its block, in the one trained network that is kept."""
-    from dbb.blocks import DiverseBranchBlock
+    """The scale of the 1x1-AVG branch against its block's mean, at both strides, in the networks that are kept."""
     from dbb.checkpoint import load_model
 
-    model, _ = load_model(root / "data/trained/small_cpu-dbb-0-training.safetensors")
-    relative: dict[int, list[float]] = {1: [], 2: []}
-    for block in (m for m in model.modules() if isinstance(m, DiverseBranchBlock)):
-        scales = {name: branch.bn.weight.abs().mean().item() for name, branch in block.branches.named_children()}
-        relative[block.stride[0]].append(scales["1x1_avg"] / (sum(scales.values()) / len(scales)))
-    one, two = (sum(values) / len(values) for values in relative.values())
-    return (
-        UNDECIDED,
-        f"of its block's mean scale: {two:.2f} at stride 2, {one:.2f} at stride 1; one network, notebook 10",
+    networks = [load_model(path)[0] for path in sorted((root / "data/trained").glob("*-dbb-*-training.safetensors"))]
+    one, two = (torch.tensor([_scale_of_average(model, stride) for model in networks]).double() for stride in (1, 2))
+    gain, low, high = matrix.paired(two - one)
+    words = (
+        f"{gain:+.2f} of its block's mean scale at stride 2 against stride 1, in {len(networks)} network (notebook 10)"
     )
+    return (judge(low, high, None, 1) if len(networks) >= FEWEST_SEEDS else UNDECIDED), words
+
+
+def _scale_of_average(model: torch.nn.Module, stride: int) -> float:
+    """The 1x1-AVG branch's scaling factors over the mean of its block's, averaged over the blocks of that stride."""
+    from dbb.blocks import DiverseBranchBlock
+
+    shares = []
+    for block in (m for m in model.modules() if isinstance(m, DiverseBranchBlock) and m.stride[0] == stride):
+        scales = {name: branch.bn.weight.abs().mean().item() for name, branch in block.branches.named_children()}
+        shares.append(scales["1x1_avg"] / (sum(scales.values()) / len(scales)))
+    return sum(shares) / len(shares)
 
 
 CHECKS: dict[str, Callable[[Path], tuple[str, str]]] = {

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -266,7 +265,6 @@ def _reproduce(options: argparse.Namespace) -> int:
         _say(matrix.summary(options.results, options.select))
         return 0
     budget = matrix.seconds(options.budget)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, their state saved
     ended = matrix.reproduce(runs, budget, options.results, options.root, options.jobs, _say)
     _say(", ".join(f"{len(names)} {end}" for end, names in ended.items()))
     return 1 if ended["failed"] else 0

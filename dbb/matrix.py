@@ -20,6 +20,7 @@ import torch
 from dbb.ablation import VARIANTS
 from dbb.recipes import TrainingRecipe, recipe
 from dbb.results import read
+from dbb.train import sigterm
 
 RUNS_FOLDER = Path("build/runs")
 FEWEST_SEEDS = 5  # with fewer, the scatter itself is known from almost nothing, and two seeds may agree by luck
@@ -219,7 +220,7 @@ def compare(experiment: Experiment, records: Sequence[dict], baseline: str = "pl
             len(complete),
             values.mean().item(),
             values.std().item() if len(complete) > 1 else None,
-            *(_paired(values - accuracy[baseline]) if variant != baseline else (None, None, None)),
+            *(paired(values - accuracy[baseline]) if variant != baseline else (None, None, None)),
             sum(time_taken[variant]) / len(complete),
         )
         for variant, values in accuracy.items()
@@ -240,7 +241,7 @@ def summary(results: Path, select: str = "") -> str:
     return "\n".join(lines)
 
 
-def _paired(differences: torch.Tensor) -> tuple[float | None, float | None, float | None]:
+def paired(differences: torch.Tensor) -> tuple[float | None, float | None, float | None]:
     """The mean of the differences, and the ends of its 95% interval."""
     from scipy.stats import t
 
@@ -270,8 +271,8 @@ def reproduce(
 ) -> dict[str, list[str]]:
     """Do those of the runs that this machine can and that are not done, in order, `jobs` at once, for `budget` seconds.
 
-    What is not finished by then is stopped, its state saved, and goes on another time. Returns the names of the runs
-    that are "done", "stopped" and "failed".
+    What is not finished by then, or when SIGTERM comes, is stopped, its state saved, and goes on another time. Returns
+    the names of the runs that are "done", "stopped" and "failed".
     """
     records = read(results)
     waiting = [run for run in runs if state_of(run, records, root) in ("started", "pending")]
@@ -279,12 +280,13 @@ def reproduce(
     deadline, running = time.monotonic() + budget, {}
     ended: dict[str, list[str]] = {"done": [], "stopped": [], "failed": []}
     try:
-        while (waiting or running) and time.monotonic() < deadline:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[_start(run, root, results, jobs)] = run
-            _collect(running, ended, say)
-            time.sleep(0.2)
+        with sigterm() as asked_to_stop:
+            while (waiting or running) and time.monotonic() < deadline and not asked_to_stop.is_set():
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running[_start(run, root, results, jobs)] = run
+                _collect(running, ended, say)
+                time.sleep(0.2)
     finally:  # in time, out of time, or interrupted: no run is left without its state saved
         for process in running:
             process.send_signal(signal.SIGTERM)

@@ -172,7 +172,7 @@ class Trainer:
 
         Raises TrainingStoppedError after SIGTERM, with the state saved, and TrainingError for a loss that is no number.
         """
-        with _sigterm() as asked_to_stop, self._explained():
+        with sigterm() as asked_to_stop, self._explained():
             while self.state.epoch < self.recipe.epochs:
                 self._train_epoch(asked_to_stop)
         return self.best_model.eval()
@@ -502,7 +502,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
+def sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets, where signals can be caught: in the main thread."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -146,6 +146,8 @@ def test_wrong_entries_are_named(project):
     for old, new, message in (
         ('status = "holds"', 'status = "true"', "lacks a status out of holds"),
         ('check = "fold_is_exact"', "", "'fold' must have one of check"),
+        ('check = "fold_is_exact"', 'check = "fold"', "'fold' has check 'fold': there are fold_is_exact, "),
+        ('experiment = "resnet50"', 'experiment = "resnet"', "'resnet50' has experiment 'resnet': there are small_cpu"),
         ('id = "same-network"', 'id = "fold"', "two claims with the id fold"),
         ('column = "COCO AP"', 'column = "COCO"', "'coco' cites .* which is not in data/paper/table3.csv"),
     ):
@@ -165,6 +167,18 @@ def test_update_writes_what_is_found_and_only_that(project, monkeypatch, capsys)
     assert main(["claims", "--update"]) == 0
     assert "changed: data/claims.toml" in capsys.readouterr().out
     assert (project / "data/claims.toml").read_text() == text
+
+
+def test_more_networks_decide_on_the_average_at_stride_2(project, monkeypatch):
+    path = next((project / "data/trained").glob("*-dbb-0-training.safetensors"))
+    for number in range(1, claims.FEWEST_SEEDS):
+        shutil.copy(path, path.with_name(path.name.replace("-0-", f"-{number}-")))
+    noise = iter(range(100))
+    scale = lambda model, stride: stride * 0.1 + next(noise) * 1e-4  # noqa: E731
+    monkeypatch.setattr(claims, "_scale_of_average", scale)
+    assert status(project, "stride-2-average") == HOLDS
+    monkeypatch.setattr(claims, "_scale_of_average", lambda model, stride: -scale(model, stride))
+    assert status(project, "stride-2-average") == DIFFERS
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data/paper").glob("*.csv")), ids=lambda path: path.stem)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +167,22 @@ def test_interrupted_it_leaves_no_run_behind(here, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_long(here, said)
     assert_stopped_with_its_state(here, said)
+
+
+def test_asked_to_end_it_leaves_no_run_behind(here, monkeypatch):
+    """SIGTERM, as a batch system sends it."""
+
+    def sleep(pause: float) -> None:
+        time.sleep(pause)
+        if STATE.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    said: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(matrix, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    run_long(here, said)
+    assert_stopped_with_its_state(here, said)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_lists(here, capsys):
