@@ -338,7 +338,8 @@ class ConvBlock(BranchBlock):
         """A block with the geometry, device, dtype and mode of `conv`; its weight and `bn` go into the "kxk" branch.
 
         The other branches start fresh, so the output changes: `init_gamma` weighs them. All norms of the block take
-        the eps and the momentum of `bn`. With `deploy` the block is the convolution that both fold to. Raises ValueError for a `conv` that is no plain `nn.Conv2d`.
+        the eps and the momentum of `bn`. With `deploy` the block is the convolution that both fold to.
+        Raises ValueError for a `conv` that is no plain `nn.Conv2d`.
         """
         if type(conv) is not nn.Conv2d:
             raise ValueError(f"from_conv takes an nn.Conv2d, not {type(conv).__name__}: its forward may differ")
