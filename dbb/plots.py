@@ -407,18 +407,14 @@ def verdicts(
     rows: Mapping[str, tuple[Sequence[float], Comparison | None, float | None]],
     ax: Axes | None = None,
     title: str = "",
-    fewest: int = 2,
 ) -> Axes:
     """Paired differences in points, a named row each: (one dot a seed, their comparison, a published difference).
 
     What is published is a hollow diamond, of another network; a row without a comparison says "pending".
-    Below the `fewest` pairs an interval is drawn and decides nothing.
     """
     ax, colours = ax or plt.gca(), {"better": BLUE, "worse": RED, "undecided": GREY}
     for y, (dots, compared, published) in enumerate(rows.values()):
         word = "pending" if compared is None else compared.verdict or "one seed"
-        if compared is not None and 1 < compared.seeds < fewest:
-            word = "undecided"
         colour = colours.get(word, INK)
         if published is not None:
             ax.plot(published, y - 0.24, "D", color="white", markeredgecolor=INK)

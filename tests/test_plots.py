@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 
 from dbb import Affine, plots
+from dbb.matrix import Comparison
 
 
 @pytest.fixture
@@ -134,4 +136,38 @@ def test_names_stand_beside_their_tiles(ax):
         ("a", (-0.8, 2)),
         ("b", (-0.8, 6)),
         ("c", (2, -0.8)),
+    ]
+
+
+def test_a_scoreboard_tells_by_colour_and_sign(ax):
+    plots.scoreboard([("row", [("1.0", "holds"), ("", "pending"), ("2.0", ""), None])], ["a", "b", "c", "d"], ax)
+    inside = [(int(x), t.get_text()) for t in ax.texts for x, y in [t.get_position()] if x > 0 < y and t.get_text()]
+    assert inside == [(0, "✓"), (0, "1.0"), (1, "…"), (2, "2.0")]
+    faces = [patch.get_facecolor()[:3] for patch in ax.patches]
+    assert faces == [to_rgb(plots.BLUE), to_rgb("white"), to_rgb(plots.PAPER)]  # None is no cell
+
+
+def test_a_forest_shows_every_seed_the_interval_and_the_published_value(ax):
+    rows = {"here": ([1.0, 3.0], (0.5, 3.5), 2.5, "holds"), "there": ([], None, 0.7, "pending")}
+    plots.forest(rows, ax, hollow=["there"])
+    assert ax.collections[0].get_offsets().tolist() == [[1.0, 0.3], [3.0, 0.3]]
+    lines = [(line.get_xydata().tolist(), line.get_color()) for line in ax.lines]
+    assert lines[:3] == [([[0.5, 0], [3.5, 0]], plots.BLUE), ([[2.5, 0]], plots.INK), ([[2.0, 0]], "white")]
+    assert lines[3] == ([[0.7, 1]], "white")
+    assert [text.get_text() for text in ax.texts] == ["✓  holds", "…  pending"]
+
+
+def test_verdicts_say_what_the_comparison_says(ax):
+    found = Comparison("dbb", 5, 0.5, 0.01, 0.02, 0.01, 0.03, 1.0)
+    rows = {
+        "enough": ([1.0, 3.0], found, 0.5),
+        "few": ([2.0], replace(found, seeds=2), None),
+        "one": ([2.0], replace(found, seeds=1, low=None, high=None), None),
+        "none": ([], None, None),
+    }
+    plots.verdicts(rows, ax)
+    assert [text.get_text() for text in ax.texts] == ["better, 5 pairs", "undecided, 2 pairs", "one seed", "pending"]
+    assert [line.get_xydata().tolist() for line in ax.lines if len(line.get_xdata()) == 2][:2] == [
+        [[1.0, 0], [3.0, 0]],
+        [[1.0, 1], [3.0, 1]],
     ]
