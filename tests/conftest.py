@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +17,24 @@ torch.set_num_threads(1)  # small tensors: a second thread costs more than it do
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = Path(__file__).parent / "offline"
 SECONDS: dict[str, float] = defaultdict(float)  # of each test file
-NOTEBOOKS: dict[str, dict[str, float]] = defaultdict(dict)  # of each notebook, under papermill and under nbval
+NOTEBOOKS: dict[str, dict[str, float]] = defaultdict(dict)  # of each notebook, under papermill and nbval
+
+
+def pytest_configure(config):
+    """Where Python is told to keep no bytecode, the processes of this session share some, which is gone afterwards.
+
+    Else each of them, more than a hundred, would compile torch and its like for itself: eight seconds of computing.
+    """
+    if sys.dont_write_bytecode:
+        folder = tempfile.TemporaryDirectory(prefix="dbb-bytecode-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["PYTHONPYCACHEPREFIX"] = folder.name
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")
 def ledger():
-    """Where fixtures write down how long a notebook took: `ledger["papermill"]["01_conv_bn"] = 3.2`."""
+    """Where tests write down how long a notebook took: `ledger["papermill"]["01_conv_bn"] = 3.2`."""
     return NOTEBOOKS
 
 

@@ -8,7 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,6 +19,7 @@ from PIL import Image
 from dbb import figures, suite
 from dbb import notebook as nb
 from tests.conftest import ROOT
+from tests.replay import replay
 
 PATHS = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 FIGURES = ROOT / "figures"
@@ -28,6 +29,7 @@ MOST_CODE_CELLS = 30
 MOST_CODE_LINES = 6  # the median of a notebook
 SIZE_LIMIT = 4_000_000  # bytes of a committed notebook, outputs included
 ABSOLUTE = re.compile(r"(?<![\w./~:-])/(home|root|Users|tmp|var|opt|usr|mnt|private)/\w|[A-Z]:\\Users")
+QUICKEST = ROOT / "notebooks/02_branch_addition.ipynb"
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
@@ -249,36 +251,52 @@ def test_pictures_are_compared(tmp_path, pixels, rounding, same):
 # Stored outputs are compared with new ones, by nbval.
 
 
-def nbval(path: Path, folder: Path, env: dict[str, str]) -> tuple[int, str, ElementTree.Element]:
-    """Run nbval over `path` in a process of its own; return its exit status, what it printed and its record."""
+def options(path: Path, record: Path) -> list[str]:
+    """What nbval is asked for, whichever kernel answers it."""
+    asked = ["-c", os.devnull, "--rootdir", str(path.parent), "-p", "no:cacheprovider", "-q", "--tb=short"]
+    asked += ["--nbval-lax", "--nbval-current-env", f"--nbval-sanitize-with={ROOT / 'tests/nbval.cfg'}"]
+    return [*asked, f"--junitxml={record}", str(path)]
+
+
+def nbval(path: Path, folder: Path, env: dict[str, str]) -> tuple[int, str, int]:
+    """Run nbval over `path` in a process of its own; return its exit status, what it printed, how many cells it saw."""
     record = folder / f"{path.stem}.xml"
-    options = ["-c", os.devnull, "--rootdir", str(path.parent), "-p", "no:cacheprovider", "-q", "--tb=short"]
-    options += ["--nbval-lax", "--nbval-current-env", f"--nbval-sanitize-with={ROOT / 'tests/nbval.cfg'}"]
-    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={record}", str(path)]
+    command = [sys.executable, "-m", "pytest", *options(path, record)]
     own = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PLATFORM_DIRS": "1"}
     done = subprocess.run(command, env=os.environ | env | own, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr, ElementTree.parse(record).getroot()
+    return done.returncode, done.stdout + done.stderr, cells_seen(record)
 
 
-@pytest.fixture(scope="session")
-def compared(tmp_path_factory, ledger, offline) -> dict[str, tuple[int, str, int]]:
-    """Every notebook through nbval, two at once: exit status, what it printed, number of cells."""
-    folder = tmp_path_factory.mktemp("nbval")
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(PATHS, pool.map(lambda path: nbval(path, folder, offline), PATHS)))
-    times = {path.stem: float(record.find("testsuite").get("time")) for path, (_, _, record) in results.items()}
-    ledger["nbval"].update(times)
-    return {
-        path.stem: (status, text, len(record.findall(".//testcase")))
-        for path, (status, text, record) in results.items()
-    }
+def replayed(path: Path, executed: Path, folder: Path) -> tuple[int, str, int]:
+    """The same of nbval over `path` as stored, with the outputs of `executed` for the new ones."""
+    record = folder / f"{path.stem}.xml"
+    return *replay(options(path, record), executed), cells_seen(record)
+
+
+def cells_seen(record: Path) -> int:
+    return len(ElementTree.parse(record).findall(".//testcase"))
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
 @each_notebook
-def test_its_marked_outputs_are_what_is_stored(path, compared):
-    status, text, cells = compared[path.stem]
+def test_its_marked_outputs_are_what_is_stored(path, executed, tmp_path, ledger):
+    started = time.perf_counter()
+    status, text, cells = replayed(path, executed.build / "notebooks" / path.name, tmp_path)
+    ledger["nbval, on what papermill ran"][path.stem] = time.perf_counter() - started
     assert status == 0, text
-    assert cells == len([cell for cell in read(path).cells if cell.cell_type == "code"])
+    assert cells == len(code_cells(path))
+
+
+def test_nbval_runs_a_notebook_itself(tmp_path, ledger, offline):
+    """As `pytest --nbval-lax notebooks/` does, with a kernel."""
+    started = time.perf_counter()
+    status, text, cells = nbval(QUICKEST, tmp_path, offline)
+    ledger["nbval, with a kernel"][QUICKEST.stem] = time.perf_counter() - started
+    assert status == 0, text
+    assert cells == len(code_cells(QUICKEST))
 
 
 @each_notebook
@@ -293,11 +311,62 @@ def comparable(cell) -> bool:
     return any(out.get("text") or "text/plain" in out.get("data", {}) for out in cell.outputs)
 
 
+def printing(book, *texts: str):
+    """`book` with one marked cell, which prints "two"; stored are `texts`."""
+    outputs = [type(book)(output_type="stream", name="stdout", text=text) for text in texts]
+    facts = {"execution_count": 1, "id": "a", "metadata": {"tags": [CHECKED]}, "cell_type": "code"}
+    book.cells = [type(book)(facts | {"source": "print('two')", "outputs": outputs})]
+    return book
+
+
 def test_nbval_notices_another_output(tmp_path):
-    book = read(PATHS[0])
-    count = {"execution_count": 1, "id": "a", "metadata": {"tags": [CHECKED]}, "cell_type": "code"}
-    stored = [{"output_type": "stream", "name": "stdout", "text": "three\n"}]
-    book.cells = [type(book)(count | {"source": "print('two')", "outputs": [type(book)(out) for out in stored]})]
-    (tmp_path / "01_other.ipynb").write_text(nb.dump(book))
+    (tmp_path / "01_other.ipynb").write_text(nb.dump(printing(read(PATHS[0]), "three\n")))
     status, text, _ = nbval(tmp_path / "01_other.ipynb", tmp_path, {})
     assert status == pytest.ExitCode.TESTS_FAILED and "three" in text
+
+
+@pytest.mark.parametrize("stored", [("two\n",), ("t", "wo\n")], ids=["whole", "in pieces"])
+def test_the_replay_accepts_the_same_output(stored, tmp_path):
+    for name, texts in {"stored": stored, "executed": ("two\n",)}.items():
+        (tmp_path / f"{name}.ipynb").write_text(nb.dump(printing(read(PATHS[0]), *texts)))
+    assert replayed(tmp_path / "stored.ipynb", tmp_path / "executed.ipynb", tmp_path)[::2] == (0, 1)
+
+
+def alter(cells: list, way: str) -> None:
+    """Make what was executed, or stored, something else in its first marked cell."""
+    cell = next(cell for cell in cells if CHECKED in nb.tags(cell))
+    output = next(output for output in cell.outputs if output.get("text") or "text/plain" in output.get("data", {}))
+    if way == "another":
+        texts, key = (output, "text") if "text" in output else (output.data, "text/plain")
+        texts[key] += "?"
+    elif way == "missing":
+        cell.outputs.remove(output)
+    elif way == "not run":
+        cell.execution_count, cell.outputs = None, []
+    elif way == "failed":
+        cell.outputs = [type(cell)(output_type="error", ename="ValueError", evalue="no", traceback=["ValueError: no"])]
+    elif way == "gone":
+        cells.remove(cell)
+
+
+@pytest.mark.parametrize(
+    "side, way, message",
+    [
+        ("stored", "another", "Cell outputs differ"),
+        ("stored", "missing", "Cell outputs differ"),
+        ("executed", "another", "Cell outputs differ"),
+        ("executed", "missing", "Cell outputs differ"),
+        ("executed", "not run", "this cell did not run"),
+        ("executed", "failed", "Cell execution caused an exception"),
+        ("executed", "gone", "another notebook was executed"),
+    ],
+)
+def test_the_replay_notices(side, way, message, tmp_path):
+    for name in ("stored", "executed"):
+        book = read(QUICKEST)
+        if name == side:
+            alter(book.cells, way)
+        (tmp_path / f"{name}.ipynb").write_text(nb.dump(book))
+    status, text, cells = replayed(tmp_path / "stored.ipynb", tmp_path / "executed.ipynb", tmp_path)
+    assert status == pytest.ExitCode.TESTS_FAILED and message in text
+    assert cells == len(code_cells(QUICKEST))
