@@ -9,6 +9,7 @@ from dbb.affine import Affine, concat, direct_sum
 from dbb.blocks import ACBlock, BranchBlock, ConvBlock, DiverseBranchBlock, RepVGGBlock
 from dbb.fold import fold, rule
 from dbb.layers import BiasPad, Concat, IdentityBasedConv1x1, Parallel
+from dbb.steps import BranchStep, LeanStep, SampledStep, set_training_step
 from dbb.surgery import check_optimizer, reparameterize, replace_convs, survey_convs
 from dbb.verify import assert_equivalent, cost, randomize_norms_, report
 
@@ -19,12 +20,15 @@ __all__ = [
     "Affine",
     "BiasPad",
     "BranchBlock",
+    "BranchStep",
     "Concat",
     "ConvBlock",
     "DiverseBranchBlock",
     "IdentityBasedConv1x1",
+    "LeanStep",
     "Parallel",
     "RepVGGBlock",
+    "SampledStep",
     "assert_equivalent",
     "check_optimizer",
     "concat",
@@ -36,5 +40,6 @@ __all__ = [
     "replace_convs",
     "report",
     "rule",
+    "set_training_step",
     "survey_convs",
 ]

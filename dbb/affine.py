@@ -393,6 +393,10 @@ def _meet(a: Affine, b: Affine, of_a: str, of_b: str) -> tuple[Affine, Affine, b
 
 def _compose_kernels(first: Affine, then: Affine, groups: int, axes: Sequence[Axis]) -> Tensor:
     """Lay a copy of the first kernel at every tap of the second, weighed by it, and add what overlaps."""
+    if first.kernel_size == (1, 1) and first.groups == first.in_channels == first.out_channels:  # a scaling
+        scale = rearrange(first.weight, "(g m) 1 1 1 -> g 1 m 1 1", g=then.groups)
+        weight = rearrange(then.weight, "(g o) m kh kw -> g o m kh kw", g=then.groups)
+        return rearrange(weight * scale, "g o m kh kw -> (g o) m kh kw")
     # The second map keeps its own groups here: each reads a few rows of the first, which makes a batch norm cheap.
     outer = rearrange(then.weight, "(g o) m kh kw -> g o m (kh kw)", g=then.groups)
     inner = rearrange(first.regroup(groups).weight, "(g m) i kh kw -> g m (i kh kw)", g=then.groups)

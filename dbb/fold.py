@@ -82,6 +82,11 @@ def precise(tensor: Tensor) -> Tensor:
 
 @rule(nn.Conv2d)
 def _conv(conv: nn.Conv2d) -> Affine:
+    return conv_map(conv, torch.float64)
+
+
+def conv_map(conv: nn.Conv2d, dtype: torch.dtype) -> Affine:
+    """A convolution as a map, in any dtype: a training step has no need of float64 for its kernels."""
     if type(conv)._conv_forward is not nn.Conv2d._conv_forward:
         raise ValueError(_not_kept(conv, nn.Conv2d, "_conv_forward"))
     padding = _conv_padding(conv)
@@ -90,8 +95,10 @@ def _conv(conv: nn.Conv2d) -> Affine:
             f"padding_mode={conv.padding_mode!r} is not the zero padding of an affine map: pad before the whole tree "
             f"instead (blocks do, with their own padding_mode), or use 'zeros'"
         )
-    bias = None if conv.bias is None else precise(conv.bias)
-    return Affine(precise(conv.weight), bias, conv.stride, padding, conv.dilation, conv.groups)
+    weight, bias = (
+        t if t is None else (precise(t) if dtype == torch.float64 else t.to(dtype)) for t in (conv.weight, conv.bias)
+    )
+    return Affine(weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 @rule(nn.BatchNorm2d, nn.SyncBatchNorm)

@@ -161,7 +161,7 @@ class BiasPad(nn.Module):
         else:
             y = self.prefix(x)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
-                border = _answer_to_zero(self.prefix)
+                border = answer_to_zero(self.prefix)
         (top, bottom), (left, right) = self.padding
         around = (left, right, top, bottom)
         padded = F.pad(y, around)
@@ -201,7 +201,7 @@ def _chain(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def _answer_to_zero(prefix: nn.Module) -> Tensor | None:
+def answer_to_zero(prefix: nn.Module) -> Tensor | None:
     """The bias of the folded prefix, without merging kernels: zero sent through, layer by layer."""
     return reduce(lambda value, layer: fold(layer).constant_response(value), _chain(prefix), None)
 

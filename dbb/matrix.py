@@ -104,6 +104,20 @@ EXPERIMENTS = {
             device="cpu",
             options=("--channels-last",),
         ),
+        # At most 131072 pixels a batch and layer here, 8192 in the last stage; plain and dbb are those of small_cpu.
+        Experiment(
+            "sampled_cpu",
+            "what do norms lose that see a sample of the batch?",
+            recipe("cifar10_small", data="cifar10_jpeg"),
+            {
+                "plain": {"block": "plain"},
+                "dbb": {"block": "dbb"},
+                **{f"sampled_{n}": {"block": "dbb", "sampled_pixels": n} for n in (512, 2048, 8192)},
+            },
+            seeds=10,
+            device="cpu",
+            options=("--channels-last",),
+        ),
         Experiment(
             "small_gpu",
             "the same with all images and more epochs",

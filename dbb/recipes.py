@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from torch import nn
 
+from dbb.steps import SampledStep, set_training_step
+
 AUGMENTATIONS = ("none", "shift", "crop_flip", "imagenet", "imagenet_strong")
 DECAY_RULES = ("by_type", "authors")
 
@@ -20,6 +22,7 @@ class TrainingRecipe:
 
     model, model_options, block: see `dbb.models`
     block_options: of each block, as {"branches": ["kxk", "1x1"]}
+    sampled_pixels: the blocks' norms take their statistics from so many pixels, by `SampledStep`; None for all pixels
     data: "digits", "cifar10", "cifar100" or the path of an image folder
     batch_size: of all processes together
     lr: at the start of a cosine that ends at zero, stepped by iteration
@@ -42,6 +45,7 @@ class TrainingRecipe:
     block: str = "plain"
     block_options: dict = field(default_factory=dict)
     model_options: dict = field(default_factory=dict)
+    sampled_pixels: int | None = None
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -83,7 +87,9 @@ class TrainingRecipe:
         """The network that the recipe trains, with random weights."""
         from dbb.models import build_model
 
-        return build_model(self.model, num_classes, self.block, block_options=self.block_options, **self.model_options)
+        options = {"block_options": self.block_options, **self.model_options}
+        model = build_model(self.model, num_classes, self.block, **options)
+        return model if self.sampled_pixels is None else set_training_step(model, SampledStep(self.sampled_pixels))
 
     def as_dict(self) -> dict:
         """All values, for records and checkpoints."""

@@ -1,0 +1,697 @@
+"""Other ways to compute a block's training step: from the same parameters, to the same folded convolution.
+
+`blocks.py` defines what a block computes: every branch, layer by layer, then the sum. That is dear in memory and time,
+mostly for its many norms. Two other ways are here. Both hold what stands in front of a norm as a map of the block's
+input, an `Affine`, and ask only for the mean and the variance of what that map would answer:
+
+- `LeanStep` gets them, for pointwise maps, from the moments of the input, without computing any answer. It is the same
+  training step up to rounding, and what blocks use unless told otherwise.
+- `SampledStep` gets them from a sample of the batch's pixels, folds the whole block, and lays one kernel on the batch.
+  That is another training step, unless the sample is the batch, so nobody gets it unasked.
+
+`set_training_step(model, SampledStep(8192))` chooses; `BranchStep()` is the definition itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial, reduce
+from math import prod
+from operator import add
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from dbb.affine import Affine, Axis, Pair, Sides, identity, sides, zero_pad
+from dbb.fold import conv_map, fold, normalisation
+from dbb.layers import BiasPad, IdentityBasedConv1x1, Parallel, WindowMean, answer_to_zero
+
+Norm = nn.modules.batchnorm._BatchNorm
+Statistics = Callable[[Affine, Norm], tuple[Tensor, Tensor]]  # mean "c" and biased variance "c", over the batch
+
+
+@dataclass(frozen=True)
+class BranchStep:
+    """The definition: branch by branch, layer by layer."""
+
+    def __call__(self, branches: nn.Module, x: Tensor) -> Tensor:
+        """Run the branches."""
+        return branches(x)
+
+
+def set_training_step(model: nn.Module, step: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    """Let every block of the model compute its training steps that way; returns the model.
+
+    step: `LeanStep()`, `SampledStep(pixels)`, `BranchStep()`, or a function of a block's branches and its input
+    Raises ValueError for a model without blocks.
+    """
+    blocks = [m for m in model.modules() if hasattr(type(m), "training_step")]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks: put some in, as with dbb.replace_convs(model)")
+    for block in blocks:
+        block.training_step = step
+    return model
+
+
+# Folding in training: a norm counts with the statistics of this very batch
+
+
+def fold_in_training(layer: nn.Module, before: Affine | None, statistics: Statistics, dtype: torch.dtype) -> Affine:
+    """The map of `layer` behind the map `before`, as they compute it in this very training step; differentiable.
+
+    statistics: answers mean and variance, over the batch, of what a map answers in front of a norm
+    """
+    step = partial(fold_in_training, statistics=statistics, dtype=dtype)
+    if isinstance(layer, nn.Sequential):
+        return reduce(lambda a, child: step(child, a), layer, before)
+    if isinstance(layer, Parallel):
+        return reduce(add, [step(child, before) for child in layer.children()])
+    if isinstance(layer, BiasPad):
+        prefix = step(layer.prefix, before)
+        return replace(replace(prefix, bias=None) >> zero_pad(layer.padding), bias=prefix.bias)
+    if isinstance(layer, Norm) and layer.training:
+        before = (before or identity()).on(layer.num_features, like=layer.running_mean.to(dtype))
+        return before >> normalisation(*statistics(before, layer), layer).to(dtype)
+    after = conv_map(layer, dtype) if type(layer) is nn.Conv2d else fold(layer).to(dtype)
+    return after if before is None else before >> after
+
+
+def track_(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Let the running statistics take in those of `count` pixels, as the norm does when it sees them."""
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        weight = _weight_of_batch(norm)
+        norm.running_mean.lerp_(mean.to(norm.running_mean), weight)
+        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var), weight)
+
+
+def _weight_of_batch(norm: Norm) -> float | Tensor:
+    """How much the last batch counts in the running statistics."""
+    return 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+
+
+# The same step, leaner
+
+
+@dataclass(frozen=True)
+class LeanStep:
+    """The same training step as `BranchStep`, up to rounding, in less time and memory.
+
+    - The statistics of a pointwise map `W x + b` need no answer of it: with the mean `m` and the covariance `S` of the
+      input's pixels they are `W m + b` and `diag(W S W^T)`.
+    - So the norm behind a 1x1 is part of its kernel before that runs. A KxK behind it is one kernel on the input
+      (transform III, within the training step), or reads an answer that is not kept.
+    - An average runs before its 1x1, with which it commutes, and is not kept.
+
+    What has another shape runs as it is defined: branches of your own, frozen norms, SyncBatchNorm. So does a block
+    with hooks on its layers, as not every layer runs here.
+    """
+
+    def __call__(self, branches: nn.Module, x: Tensor) -> Tensor:
+        """Run the branches: "n i h w" -> "n o h' w'"."""
+        pixels = x.numel() // x.shape[1]
+        if not isinstance(branches, Parallel) or _is_watched(branches):
+            return branches(x)
+        if pixels < 2 * x.shape[1]:  # moments of so few cost more than answers
+            return branches(x)
+        total = _Total()
+        moments = _MomentsOf(x)
+        for branch in branches.children():
+            _run_lean(branch, x, moments, total)
+        return total.answer()
+
+
+class _Total:
+    """What the branches answer, as it comes in: finished, constant, or still to be normalised."""
+
+    def __init__(self) -> None:
+        self.finished: list[Tensor] = []
+        self.constants: list[Tensor] = []
+        self.waiting: list[tuple[Tensor, nn.BatchNorm2d, Tensor | None]] = []
+
+    def answer(self) -> Tensor:
+        """The sum. The constants ride on the bias of the first norm, where they cost nothing."""
+        constant = sum(self.constants) if self.constants else None
+        normed = [_normalise(*waiting, constant if n == 0 else None) for n, waiting in enumerate(self.waiting)]
+        total = reduce(add, normed + self.finished)
+        return total if normed or constant is None else total + constant.to(total.dtype)[:, None, None]
+
+
+def _normalise(y: Tensor, norm: nn.BatchNorm2d, missing: Tensor | None, constant: Tensor | None) -> Tensor:
+    """`norm(y + missing) + constant`; the norm takes `missing` out again, so that only its running mean has to know."""
+    if constant is None:
+        normed = norm(y)
+    elif norm.bias is None:
+        normed = norm(y) + constant.to(y.dtype)[:, None, None]
+    else:
+        normed = torch.func.functional_call(norm, {"bias": norm.bias + constant.to(norm.bias.dtype)}, (y,))
+    if missing is not None:
+        # `.data`, as autograd holds the running mean for a backward pass that, in training, does not read it.
+        norm.running_mean.data.add_(missing.detach().to(norm.running_mean) * _weight_of_batch(norm))
+    return normed
+
+
+def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) -> None:
+    """Run a branch, the short way where there is one."""
+    *front, norm = branch if isinstance(branch, nn.Sequential) else [branch]
+    if not _is_live_norm(norm):
+        total.finished.append(branch(x))
+        return
+    if all(map(_is_pointwise, front)):
+        _add_map(moments.fold(branch), x, total)
+        return
+    *front, last = front
+    padded = _Padded.of(front, moments)
+    if padded and _is_average(last):
+        _run_average(padded, last, norm, x, total)
+    elif padded and front and type(last) is nn.Conv2d and last.bias is None:
+        _run_padded_conv(padded, last, norm, x, total)
+    else:
+        total.waiting.append((branch[:-1](x), norm, None))
+
+
+def _is_watched(branches: nn.Module) -> bool:
+    """Whether somebody waits for a layer to run."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(layer, kind) for layer in branches.modules() for kind in kinds)
+
+
+def _is_live_norm(layer: nn.Module) -> bool:
+    """Whether it normalises with the statistics of this batch, in this process, and keeps count of them."""
+    return type(layer) is nn.BatchNorm2d and layer.training and layer.running_mean is not None
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether every pixel of its answer reads one pixel of its input, or none; all norms in it live."""
+    if type(layer) is nn.Sequential:
+        return all(map(_is_pointwise, layer))
+    if type(layer) is nn.Conv2d:
+        return layer.kernel_size == (1, 1)
+    return _is_live_norm(layer) or type(layer) in (IdentityBasedConv1x1, nn.Identity, nn.ZeroPad2d)
+
+
+def _is_average(layer: nn.Module) -> bool:
+    return type(layer) is WindowMean or (type(layer) is nn.AvgPool2d and layer.divisor_override is None)
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """A `BiasPad` in this training step: a pointwise map, and what is put around its answer.
+
+    outside: by how much the padding differs from the map's bias, "c"; None where it does not
+    """
+
+    map: Affine
+    padding: Sides = ((0, 0), (0, 0))
+    outside: Tensor | None = None
+
+    @classmethod
+    def of(cls, front: list[nn.Module], moments: _MomentsOf) -> _Padded | None:
+        """From the layers in front of a KxK: a `BiasPad` with a pointwise prefix, or none; None for others."""
+        if not front:
+            return cls(identity().on(moments.x.shape[1]).to(moments.x.device, moments.dtype))
+        if len(front) > 1 or not isinstance(front[0], BiasPad) or not _is_pointwise(front[0].prefix):
+            return None
+        prefix = moments.fold(front[0].prefix)
+        if front[0].border == "batch" or prefix.bias is None:
+            return cls(prefix, front[0].padding)
+        with torch.no_grad():
+            border = answer_to_zero(front[0].prefix).to(prefix.bias)  # with the statistics that the fold has tracked
+        return cls(prefix, front[0].padding, border - prefix.bias)
+
+
+def _run_padded_conv(padded: _Padded, conv: nn.Conv2d, norm: Norm, x: Tensor, total: _Total) -> None:
+    """A KxK behind a padded pointwise map: as one kernel on the input, or in two steps, whichever is cheaper."""
+    with _full_precision(x):
+        then, first = zero_pad(padded.padding) >> conv_map(conv, padded.map.weight.dtype), padded.map
+        linear = replace(first, bias=None)
+        if _merging_pays(then, x):
+            y = _apply(linear >> then, x)
+            ring = None if padded.outside is None else _Ring.of(then, x)
+            if ring:
+                y = ring.add_(y, _by_tap(then, padded.outside) @ ring.outside.T)
+            constant = then.constant_response(first.bias)
+        else:
+            # to pad with a value: subtract it, pad with zero, and add its answer
+            shifted = linear if padded.outside is None else replace(first, bias=-padded.outside)
+            z = _apply(shifted, x)
+            with _not_kept(z, cache(lambda: _apply(shifted, x))):
+                y = _apply(then, z)
+            border = first.bias if padded.outside is None else first.bias + padded.outside
+            constant = then.constant_response(border)
+        total.waiting.append((y, norm, constant))
+        if first.bias is not None:
+            total.constants.append(0 * first.bias.sum())  # where its gradient is zero, that is not the same as none
+
+
+def _by_tap(a: Affine, value: Tensor) -> Tensor:
+    """What each tap of the kernel answers to `value`: "o taps"."""
+    weight = rearrange(a.weight, "(g o) m kh kw -> g o (kh kw) m", g=a.groups)
+    return rearrange(weight @ rearrange(value, "(g m) -> g 1 m 1", g=a.groups), "g o t 1 -> (g o) t")
+
+
+def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total: _Total) -> None:
+    """The average of a padded pointwise map and its norm, as the normalised map of the average."""
+    averaged, a = _pad_and_pool(padded.padding, pool, x), padded.map
+    ring = None if padded.outside is None else _Ring.of((zero_pad(padded.padding) >> fold(pool)).to(a.weight.dtype), x)
+    with _not_kept(averaged, cache(lambda: _pad_and_pool(padded.padding, pool, x))), _full_precision(x):
+        moments = _MomentsOf(averaged, ring)
+        mean, var = moments.through(a)
+        if ring:  # the share of a window that lies outside is one more channel of the image
+            outside, common = padded.outside, replace(a, bias=None).constant_response(moments.with_ring())
+            mean = mean + outside * ring.mean
+            var = var + 2 * outside * common + outside**2 * ring.var
+        track_(norm, mean, var, moments.pixels)
+        scaled = normalisation(mean, var, norm).to(moments.dtype)
+        y = _add_map(a >> scaled, averaged, total)
+        if ring:
+            ring.add_(y, torch.outer(scaled.weight.flatten() * outside, ring.share))
+
+
+def _add_map(a: Affine, x: Tensor, total: _Total) -> Tensor:
+    """Let a map answer; its bias goes to the constants."""
+    total.finished.append(_apply(replace(a, bias=None), x))
+    total.constants += [] if a.bias is None else [a.bias]
+    return total.finished[-1]
+
+
+def _merging_pays(then: Affine, x: Tensor) -> bool:
+    """Whether one kernel on the input costs fewer multiply-adds than two: with gradients 3 merges against 4 answers."""
+    merge = then.weight.shape[0] // then.groups * prod(then.kernel_size)
+    return 3 * merge < 4 * x.numel() // x.shape[1]
+
+
+def _pad_and_pool(padding: Sides, pool: nn.Module, x: Tensor) -> Tensor:
+    """The average of the windows of the image with zeros around it."""
+    a = zero_pad(padding) >> fold(pool)
+    around = [before for before, _ in a.padding]
+    half = all(0 <= p <= k // 2 for p, k in zip(around, a.kernel_size))
+    if half and a.padding == sides(tuple(around)) and a.dilation == (1, 1):
+        return F.avg_pool2d(x, a.kernel_size, a.stride, around)
+    return a(x)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: second moments and merged kernels want more than eight bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _apply(a: Affine, x: Tensor) -> Tensor:
+    """`a(x)`, in the dtype of `x` or of autocast; the convolution pads itself where it can."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if a.bias is None else a.bias.to(x.dtype)
+    around = [before for before, _ in a.padding]
+    if a.padding != sides(tuple(around)) or min(around) < 0:
+        (top, bottom), (left, right) = a.padding
+        x, around = F.pad(x, (left, right, top, bottom)), 0
+    return F.conv2d(x, a.weight.to(x.dtype), bias, a.stride, around, a.dilation, a.groups)
+
+
+@contextmanager
+def _not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """What operations in here keep of `tensor` for the backward pass is not kept, but computed `again` there."""
+    if torch.compiler.is_compiling() or tensor.is_meta:  # the compiler decides that itself
+        yield
+        return
+    place = tensor.untyped_storage().data_ptr()
+
+    def pack(kept: Tensor) -> Tensor | tuple:
+        if kept.untyped_storage().data_ptr() != place:
+            return kept
+        return kept.size(), kept.stride(), kept.storage_offset()
+
+    def unpack(packed: Tensor | tuple) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return again().detach().as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+# Another step: statistics from a sample, one kernel for the batch
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """The block folded in every step, with statistics from a sample of the batch's pixels: ghost batch norm, no more.
+
+    pixels: of a map's answer that its norm sees at least, spread as a grid over all images; the grid's place is drawn
+    anew in each step, from torch's CPU generator
+    always: whether also where the branches themselves cost less; else those blocks take a `LeanStep`
+
+    With all pixels in the sample it is the training step of `border="batch"`; whatever `border` the block has, its
+    padding takes the statistics of this step. In data-parallel training each process draws from its own batch.
+    Raises ValueError for SyncBatchNorm, which would need the samples of all processes.
+    """
+
+    pixels: int = 8192
+    always: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pixels < 2:
+            raise ValueError(f"pixels={self.pixels} is no sample: a variance needs 2 pixels or more; say 8192")
+
+    def __call__(self, branches: nn.Module, x: Tensor) -> Tensor:
+        """Run the branches, folded: "n i h w" -> "n o h' w'"."""
+        if not self.always and not sampling_pays(branches, x, self.pixels):
+            return LeanStep()(branches, x)
+        sample = _Sample(x, self.pixels)
+        with _full_precision(x):
+            folded = fold_in_training(branches, None, sample.statistics, sample.dtype)
+        return _apply(folded, x)
+
+
+def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
+    """Whether the folded form needs fewer multiply-adds than the branches, on this input and with that sample.
+
+    Forward only, as the backward pass has twice as many of either. What the count leaves out (memory that is moved,
+    small operations) speaks for the folded form where images are large and against it where they are small, so it has
+    to win by a quarter.
+    """
+    inside = x.numel() // x.shape[1]
+    by_branches = sampled = 0
+    largest = max((m for m in branches.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())
+    outside = inside // prod(largest.stride)
+    for branch in branches.modules():
+        if isinstance(branch, BiasPad):  # its convolutions run on all pixels, and merge into the kernel behind them
+            prefix = sum(_numbers(m) for m in branch.prefix.modules())
+            by_branches += prefix * inside
+            sampled += prefix * min(pixels, inside)
+    kernel = largest.weight.numel()
+    for branch in branches.children():
+        prefix = sum(_numbers(m) for p in branch.modules() if isinstance(p, BiasPad) for m in p.prefix.modules())
+        own = sum(_numbers(m) for m in branch.modules()) - prefix
+        by_branches += own * outside
+        sampled += max(own, kernel if prefix else 0) * min(pixels, outside)
+        sampled += own * (largest.weight.shape[1] if prefix else 0)
+    sampled += kernel * outside
+    return sampled < 0.75 * by_branches
+
+
+def _numbers(layer: nn.Module) -> int:
+    return layer.weight.numel() if isinstance(layer, (nn.Conv2d, IdentityBasedConv1x1)) else 0
+
+
+class _Sample:
+    """Some pixels of what maps answer to an image, and their statistics."""
+
+    def __init__(self, x: Tensor, pixels: int) -> None:
+        self.x, self.wanted, self.dtype = x, pixels, torch.promote_types(x.dtype, torch.float32)
+        self.windows: dict[tuple, tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    def statistics(self, a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Mean and variance of what a map answers in the sample; the norm takes them into its running ones."""
+        if isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+            raise ValueError(
+                "SampledStep knows the statistics of one process, SyncBatchNorm uses those of all: choose LeanStep() "
+                "or BranchStep(), or leave the norms unsynchronised"
+            )
+        windows, again = self._windows_of(a)
+        with _not_kept(windows, again):
+            answers = _answers(a, windows)
+        var, mean = torch.var_mean(answers, 0, correction=0)
+        mean = mean if a.bias is None else mean + a.bias
+        track_(norm, mean, var, len(answers))
+        return mean, var
+
+    def _windows_of(self, a: Affine) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The windows that the map reads, "sample taps channels", and what gathers them again."""
+        key = (a.axes, a.kernel_size)
+        if key not in self.windows:
+            outputs = [(n + axis.slack - 1) // axis.stride + 1 for axis, n in zip(a.axes, self.x.shape[2:])]
+            steps = _grid_steps(outputs, self.x.shape[0], self.wanted)
+            grids = [_draw_grid(n, step) for n, step in zip(outputs, steps)]
+            gather = partial(_gather, self.x, a.axes, grids, self.dtype)
+            self.windows[key] = gather(), cache(gather)
+        return self.windows[key]
+
+
+def _gather(x: Tensor, axes: tuple[Axis, Axis], grids: list[range], dtype: torch.dtype) -> Tensor:
+    return _Windows.apply(x, axes, grids).to(dtype)
+
+
+def _answers(a: Affine, windows: Tensor) -> Tensor:
+    """What the linear part of a map answers to windows "sample taps channels": "sample o"."""
+    if a.groups == a.in_channels == a.out_channels:
+        return einsum(windows, a.weight.flatten(1), "p t c, c t -> p c")
+    weight = rearrange(a.weight, "(g o) i kh kw -> g (kh kw i) o", g=a.groups)
+    answers = rearrange(windows, "p t (g i) -> g p (t i)", g=a.groups) @ weight
+    return rearrange(answers, "g p o -> p (g o)")
+
+
+def _grid_steps(outputs: list[int], images: int, pixels: int) -> Pair:
+    """The coarsest grid, its two steps at most one apart, that has so many pixels in all the images."""
+    chosen = (1, 1)
+    for step in range(1, max(outputs) + 1):
+        for steps in ((step, step), (step, step + 1)):
+            if all(s <= n for s, n in zip(steps, outputs)):
+                grid = prod(n // s for n, s in zip(outputs, steps))
+                if grid * images >= pixels:
+                    chosen = steps
+    return chosen
+
+
+def _draw_grid(outputs: int, step: int) -> range:
+    """Every `step`-th output, from a first one that is drawn; as many of them wherever it begins."""
+    count = outputs // step
+    spare = outputs - (count - 1) * step
+    first = int(torch.randint(spare, ())) if step > 1 else 0
+    return range(first, first + (count - 1) * step + 1, step)
+
+
+class _Windows(torch.autograd.Function):
+    """The windows "sample taps channels" of some output pixels of a map; padding reads as zero."""
+
+    @staticmethod
+    def forward(x: Tensor, axes: tuple[Axis, Axis], grids: list[range]) -> Tensor:
+        taps, (rows, columns) = [axis.taps for axis in axes], map(len, grids)
+        windows = x.new_zeros(x.shape[0], rows, columns, *taps, x.shape[1])
+        for place, read in _tap_slices(axes, grids, x.shape[2:]):
+            windows[place] = x[read].permute(0, 2, 3, 1)
+        return windows.flatten(3, 4).flatten(0, 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, ctx.axes, ctx.grids = inputs
+        ctx.save_for_backward(x)  # for its shape and its layout; it is kept anyway
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        taps, (rows, columns) = [axis.taps for axis in ctx.axes], map(len, ctx.grids)
+        windows = grad.reshape(x.shape[0], rows, columns, *taps, x.shape[1])
+        answer = torch.zeros_like(x)
+        for place, read in _tap_slices(ctx.axes, ctx.grids, x.shape[2:]):
+            answer[read] += windows[place].permute(0, 3, 1, 2)
+        return answer, None, None
+
+
+def _tap_slices(axes: tuple[Axis, Axis], grids: list[range], size: Sequence[int]) -> Iterator[tuple[tuple, tuple]]:
+    """For each tap: where in the windows it goes, and where in the image it comes from."""
+    every = slice(None)
+    along = [[_one_tap(axis, grid, n, tap) for tap in range(axis.taps)] for axis, grid, n in zip(axes, grids, size)]
+    for u, (into_row, from_row) in enumerate(along[0]):
+        for v, (into_column, from_column) in enumerate(along[1]):
+            yield (every, into_row, into_column, u, v), (every, every, from_row, from_column)
+
+
+def _one_tap(axis: Axis, grid: range, size: int, tap: int) -> tuple[slice, slice]:
+    """Which outputs of the grid read inside the image with that tap, and what they read, along one axis."""
+    reads = range(
+        *(axis.stride * o + axis.dilation * tap - axis.left for o in (grid.start, grid.stop)), axis.stride * grid.step
+    )
+    inside = [place for place, read in enumerate(reads) if 0 <= read < size]
+    if not inside:
+        return slice(0, 0), slice(0, 0)
+    return slice(inside[0], inside[-1] + 1), slice(reads[inside[0]], reads[inside[-1]] + 1, reads.step)
+
+
+# Moments
+
+
+class _MomentsOf:
+    """Mean and covariance of the pixels of an image, as the pointwise maps of one block see them."""
+
+    def __init__(self, x: Tensor, ring: _Ring | None = None) -> None:
+        self.x, self.ring, self.dtype = x, ring, torch.promote_types(x.dtype, torch.float32)
+        self.pixels = x.numel() // x.shape[1]
+        self.known: dict[tuple, tuple[Tensor, ...]] = {}
+
+    def fold(self, layer: nn.Module) -> Affine:
+        """The pointwise map of the layer in this training step; its norms keep count."""
+        with _full_precision(self.x):
+            return fold_in_training(layer, None, self.statistics, self.dtype)
+
+    def statistics(self, a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Mean and variance of what a pointwise map answers; the norm takes them into its running ones."""
+        mean, var = self.through(a)
+        track_(norm, mean, var, self.x.shape[0] * prod(self._seen_by(a).shape[2:]))
+        return mean, var
+
+    def through(self, a: Affine) -> tuple[Tensor, Tensor]:
+        """Mean and variance "o" of what a pointwise map answers."""
+        key = (a.stride, a.padding, a.groups)
+        if key not in self.known:
+            self.known[key] = _Moments.apply(self._seen_by(a), a.groups, self.ring)
+        mean, covariance, _ = self.known[key]
+        weight = rearrange(a.weight, "(g o) i 1 1 -> g o i", g=a.groups)
+        return a.constant_response(mean), ((weight @ covariance) * weight).sum(-1).flatten()
+
+    def with_ring(self) -> Tensor:
+        """The covariance "c" of the image and the share of the ring, of the last moments that were asked for."""
+        mean, _, common = next(reversed(self.known.values()))
+        return common - mean * self.ring.mean
+
+    def _seen_by(self, a: Affine) -> Tensor:
+        """The pixels that the map reads."""
+        (top, bottom), (left, right) = a.padding
+        seen = F.pad(self.x, (left, right, top, bottom)) if any((top, bottom, left, right)) else self.x
+        return seen[:, :, :: a.stride[0], :: a.stride[1]]
+
+
+class _Moments(torch.autograd.Function):
+    """Of pixels "n c h w": mean "c", covariance "g c c" in each group of channels, mean product "c" with a ring."""
+
+    @staticmethod
+    def forward(x: Tensor, groups: int, ring: _Ring | None) -> tuple[Tensor, Tensor, Tensor]:
+        pixels = _pixels(x)
+        mean = pixels.mean((0, 2))
+        count = x.numel() // len(mean)
+        common = torch.zeros_like(mean) if ring is None else ring.read(x).to(mean.dtype) @ ring.share / count
+        centred = pixels - mean[:, None]
+        if groups == len(mean):
+            return mean, centred.square().mean((0, 2))[:, None, None], common
+        centred = centred.unflatten(1, (groups, -1))
+        return mean, (centred @ centred.mT).sum(0) / count, common
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+        ctx.groups, ctx.ring = inputs[1:]
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor, grad_common: Tensor) -> tuple[Tensor, None, None]:
+        x, mean = ctx.saved_tensors
+        count = x.numel() // len(mean)
+        # The mean moves, too, but that adds nothing to the covariance: the centred pixels add up to zero.
+        matrix = (grad_covariance + grad_covariance.mT) / count
+        constant = grad_mean / count - (matrix @ mean.view(ctx.groups, -1, 1)).flatten()
+        pixels = _pixels(x)
+        if ctx.groups == len(mean):
+            grad = pixels * matrix.view(-1, 1)
+        else:
+            pixels = pixels.unflatten(1, (ctx.groups, -1))
+            # the result lies in memory as `x` does
+            grad = ((pixels.mT @ matrix).mT if x.stride(1) == 1 else matrix @ pixels).flatten(1, 2)
+        grad = grad.add_(constant[:, None]).to(x.dtype)
+        grad = rearrange(grad, "b c (m h w) -> (b m) c h w", h=x.shape[2], w=x.shape[3])
+        if ctx.ring is not None:
+            ctx.ring.add_to_(grad, torch.outer(grad_common, ctx.ring.share) / count)
+        return grad, None, None
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """ "n c h w" as matrices "b c p", in float32 at least; a view, with b = 1 where `x` is channels_last."""
+    pattern = "n c h w -> 1 c (n h w)" if x.stride(1) == 1 else "n c h w -> n c (h w)"
+    return rearrange(x, pattern).to(torch.promote_types(x.dtype, torch.float32))
+
+
+# The ring of output pixels whose windows hang over the image
+
+
+@dataclass(frozen=True, eq=False)
+class _Ring:
+    """The output pixels "r" of a map that read padding, as strips: some at the top, the bottom, the left, the right.
+
+    outside: which taps of a pixel lie outside of the image, "r taps"
+    pixels: of the whole output
+    """
+
+    strips: tuple[tuple[slice, slice], ...]
+    outside: Tensor
+    pixels: int
+
+    @classmethod
+    def of(cls, a: Affine, x: Tensor) -> _Ring | None:
+        """The ring of the map `a` on the image `x`; None where no window hangs over."""
+        return _ring(a.axes, tuple(x.shape[2:]), x.device, a.weight.dtype)
+
+    @property
+    def share(self) -> Tensor:
+        """Which share "r" of a window lies outside; its mean and variance over the whole output follow."""
+        return self.outside.mean(1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.share.sum() / self.pixels
+
+    @property
+    def var(self) -> Tensor:
+        return self.share.square().sum() / self.pixels - self.mean**2
+
+    def read(self, x: Tensor) -> Tensor:
+        """The sum over images "c r"."""
+        return torch.cat([x[:, :, rows, columns].sum(0).flatten(1) for rows, columns in self.strips], 1)
+
+    def add_to_(self, y: Tensor, values: Tensor) -> None:
+        """Add `values` "c r" to each image, in place."""
+        parts = [y[:, :, rows, columns] for rows, columns in self.strips]
+        for part, added in zip(parts, values.to(y.dtype).split([part[0, 0].numel() for part in parts], 1)):
+            part += added.unflatten(1, part.shape[2:])
+
+    def add_(self, y: Tensor, values: Tensor) -> Tensor:
+        """The same, differentiable."""
+        return _AddRing.apply(y, values, self)
+
+
+class _AddRing(torch.autograd.Function):
+    """Adds values "c r" to the pixels of a ring, in place: the inside is neither read nor written."""
+
+    @staticmethod
+    def forward(y: Tensor, values: Tensor, ring: _Ring) -> Tensor:
+        ring.add_to_(y, values)
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
+        ctx.ring, ctx.dtype = inputs[2], inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, ctx.ring.read(grad).to(ctx.dtype), None
+
+
+@lru_cache(maxsize=256)
+def _ring(axes: tuple[Axis, Axis], size: Pair, device: torch.device, dtype: torch.dtype) -> _Ring | None:
+    inside = [_taps_inside(axis, length) for axis, length in zip(axes, size)]
+    outside = 1 - rearrange(inside[0], "h u -> h 1 u 1") * rearrange(inside[1], "w v -> 1 w 1 v")
+    (top, bottom), (left, right) = map(_whole_inside, inside)
+    middle = slice(top, bottom)
+    strips = [(slice(0, top), slice(None)), (slice(bottom, None), slice(None))]
+    strips += [(middle, slice(0, left)), (middle, slice(right, None))]
+    strips = tuple(strip for strip in strips if outside[strip].numel())
+    if not strips:
+        return None
+    taps = torch.cat([outside[strip].flatten(2).flatten(0, 1) for strip in strips])
+    return _Ring(strips, taps.to(device, dtype), outside.shape[0] * outside.shape[1])
+
+
+def _whole_inside(inside: Tensor) -> Pair:
+    """The first output whose taps all read the image, and the end of those that do."""
+    whole = inside.all(1).nonzero().flatten().tolist()
+    return (whole[0], whole[-1] + 1) if whole else (len(inside), len(inside))
+
+
+def _taps_inside(axis: Axis, length: int) -> Tensor:
+    """1 where a tap of an output pixel reads the image, 0 where it reads padding: "output tap"."""
+    outputs = (length + axis.slack - 1) // axis.stride + 1
+    reads = torch.tensor([axis.reads(output) for output in range(outputs)])
+    return ((reads >= 0) & (reads < length)).double()
