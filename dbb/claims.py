@@ -6,6 +6,7 @@ measured. No recorded value is typed: each is computed from the records here.
 
 from __future__ import annotations
 
+import copy
 import csv
 import re
 import tomllib
@@ -20,6 +21,7 @@ from dbb import matrix
 from dbb.figures import write_atomically
 from dbb.matrix import FEWEST_SEEDS
 from dbb.results import read
+from dbb.steps import BranchStep, LeanStep, SampledStep
 
 HOLDS, DIFFERS, UNDECIDED, PENDING, CANNOT = STATUSES = (
     "holds",
@@ -309,6 +311,35 @@ def norms_are_nonlinear_in_training(root: Path) -> tuple[str, str]:
     return (HOLDS if holds else DIFFERS), "twice the input is not twice the answer in training; it is, folded"
 
 
+def lean_step_is_the_training_step(root: Path) -> tuple[str, str]:
+    """Output and gradients of one training step, branch by branch and from the moments of the input, in float64."""
+    return _steps_agree("running", LeanStep())
+
+
+def full_sample_is_the_training_step(root: Path) -> tuple[str, str]:
+    """The same for one folded kernel, where the sample is the batch and the border takes the batch's statistics."""
+    return _steps_agree("batch", SampledStep(10**9, always=True))
+
+
+def _steps_agree(border: str, step: Callable) -> tuple[str, str]:
+    from dbb import DiverseBranchBlock, randomize_norms_, set_training_step
+
+    torch.manual_seed(0)
+    errors = []
+    for geometry in ({}, {"stride": 2}, {"groups": 4}, {"groups": 2, "kernel_size": 5, "padding": 2}):
+        options = {"kernel_size": 3, "padding": 1, "border": border, "dtype": torch.float64} | geometry
+        block = randomize_norms_(DiverseBranchBlock(4, 4, **options)).train()
+        seen = []
+        for way in (BranchStep(), step):
+            x = torch.ones(2, 4, 17, 19, dtype=torch.float64).cumsum(2).sin().requires_grad_()
+            own = set_training_step(copy.deepcopy(block), way)  # a step moves the running statistics
+            y = own(x)
+            gradients = torch.autograd.grad((y * y.detach().cos()).sum(), [x, *own.parameters()])
+            seen.append(torch.cat([t.flatten() for t in (y.detach(), *gradients)]))
+        errors.append(((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item())
+    return (HOLDS if max(errors) < 1e-10 else DIFFERS), f"off by less than {_power_of_ten(max(errors))} in float64"
+
+
 def average_at_stride_2(root: Path) -> tuple[str, str]:
     """The scale of the 1x1-AVG branch against its block's mean, at both strides, in the networks that are kept."""
     from dbb.checkpoint import load_model
@@ -341,6 +372,8 @@ CHECKS: dict[str, Callable[[Path], tuple[str, str]]] = {
         zero_padding_is_not_exact,
         norms_are_nonlinear_in_training,
         average_at_stride_2,
+        lean_step_is_the_training_step,
+        full_sample_is_the_training_step,
     )
 }
 

@@ -119,7 +119,7 @@ class LeanStep:
         if pixels < 2 * x.shape[1]:  # moments of so few cost more than answers
             return branches(x)
         total = _Total()
-        moments = _MomentsOf(x)
+        moments = _MomentsOf(_as_computed(x))
         for branch in branches.children():
             _run_lean(branch, x, moments, total)
         return total.answer()
@@ -162,14 +162,14 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
         total.finished.append(branch(x))
         return
     if all(map(_is_pointwise, front)):
-        _add_map(moments.fold(branch), x, total)
+        _add_map(moments.fold(branch), moments.x, total)
         return
     *front, last = front
     padded = _Padded.of(front, moments)
     if padded and _is_average(last):
-        _run_average(padded, last, norm, x, total)
+        _run_average(padded, last, norm, moments.x, total)
     elif padded and front and type(last) is nn.Conv2d and last.bias is None:
-        _run_padded_conv(padded, last, norm, x, total)
+        _run_padded_conv(padded, last, norm, moments.x, total)
     else:
         total.waiting.append((branch[:-1](x), norm, None))
 
@@ -269,7 +269,7 @@ def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total:
         scaled = normalisation(mean, var, norm).to(moments.dtype)
         y = _add_map(a >> scaled, averaged, total)
         if ring:
-            ring.add_(y, torch.outer(scaled.weight.flatten() * outside, ring.share))
+            total.finished[-1] = ring.add_(y, torch.outer(scaled.weight.flatten() * outside, ring.share))
 
 
 def _add_map(a: Affine, x: Tensor, total: _Total) -> Tensor:
@@ -295,15 +295,19 @@ def _pad_and_pool(padding: Sides, pool: nn.Module, x: Tensor) -> Tensor:
     return a(x)
 
 
+def _as_computed(x: Tensor) -> Tensor:
+    """The input in the dtype that autocast would give the convolutions."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def _full_precision(x: Tensor) -> torch.autocast:
     """Autocast off: second moments and merged kernels want more than eight bits."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _apply(a: Affine, x: Tensor) -> Tensor:
-    """`a(x)`, in the dtype of `x` or of autocast; the convolution pads itself where it can."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    """`a(x)` in the dtype of `x`; the convolution pads itself where it can."""
     bias = None if a.bias is None else a.bias.to(x.dtype)
     around = [before for before, _ in a.padding]
     if a.padding != sides(tuple(around)) or min(around) < 0:
@@ -362,6 +366,7 @@ class SampledStep:
         """Run the branches, folded: "n i h w" -> "n o h' w'"."""
         if not self.always and not sampling_pays(branches, x, self.pixels):
             return LeanStep()(branches, x)
+        x = _as_computed(x)
         sample = _Sample(x, self.pixels)
         with _full_precision(x):
             folded = fold_in_training(branches, None, sample.statistics, sample.dtype)
@@ -369,29 +374,25 @@ class SampledStep:
 
 
 def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
-    """Whether the folded form needs fewer multiply-adds than the branches, on this input and with that sample.
+    """Whether the folded form needs clearly fewer multiply-adds than the branches, on this input, with that sample.
 
-    Forward only, as the backward pass has twice as many of either. What the count leaves out (memory that is moved,
-    small operations) speaks for the folded form where images are large and against it where they are small, so it has
-    to win by a quarter.
+    Forward only, as the backward pass has twice as many of either. What the count leaves out, small operations and the
+    gathering of windows, is against the folded form where maps are small: so it has to win by a quarter.
     """
-    inside = x.numel() // x.shape[1]
-    by_branches = sampled = 0
-    largest = max((m for m in branches.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())
+    convs = [m for m in branches.modules() if isinstance(m, nn.Conv2d)]
+    if not convs:
+        return False
+    largest = max(convs, key=_numbers)
+    kernel, inside = _numbers(largest), x.numel() // x.shape[1]
     outside = inside // prod(largest.stride)
-    for branch in branches.modules():
-        if isinstance(branch, BiasPad):  # its convolutions run on all pixels, and merge into the kernel behind them
-            prefix = sum(_numbers(m) for m in branch.prefix.modules())
-            by_branches += prefix * inside
-            sampled += prefix * min(pixels, inside)
-    kernel = largest.weight.numel()
+    by_branches, sampled = 0, kernel * outside
     for branch in branches.children():
-        prefix = sum(_numbers(m) for p in branch.modules() if isinstance(p, BiasPad) for m in p.prefix.modules())
-        own = sum(_numbers(m) for m in branch.modules()) - prefix
-        by_branches += own * outside
-        sampled += max(own, kernel if prefix else 0) * min(pixels, outside)
-        sampled += own * (largest.weight.shape[1] if prefix else 0)
-    sampled += kernel * outside
+        # the convolutions in front of a padding see every pixel, and merge into the kernel behind them
+        prefix = sum(_numbers(m) for pad in branch.modules() if isinstance(pad, BiasPad) for m in pad.modules())
+        behind = sum(map(_numbers, branch.modules())) - prefix
+        by_branches += prefix * inside + behind * outside
+        sampled += prefix * min(pixels, inside) + (kernel if prefix else behind) * min(pixels, outside)
+        sampled += behind * largest.weight.shape[1] if prefix else 0
     return sampled < 0.75 * by_branches
 
 
@@ -621,7 +622,11 @@ class _Ring:
     @classmethod
     def of(cls, a: Affine, x: Tensor) -> _Ring | None:
         """The ring of the map `a` on the image `x`; None where no window hangs over."""
-        return _ring(a.axes, tuple(x.shape[2:]), x.device, a.weight.dtype)
+        size, like = tuple(x.shape[2:]), a.weight
+        if torch.compiler.is_compiling():  # the compiler knows no such caches, and makes one pass of whole images
+            outside = _outside(a.axes, size).to(like)
+            return cls(((slice(None), slice(None)),), outside.flatten(0, 1), outside.shape[0] * outside.shape[1])
+        return _ring(a.axes, size, like.device, like.dtype)
 
     @property
     def share(self) -> Tensor:
@@ -648,7 +653,9 @@ class _Ring:
 
     def add_(self, y: Tensor, values: Tensor) -> Tensor:
         """The same, differentiable."""
-        return _AddRing.apply(y, values, self)
+        if not torch.compiler.is_compiling():
+            return _AddRing.apply(y, values, self)
+        return y + values.unflatten(1, y.shape[2:]).to(y.dtype)
 
 
 class _AddRing(torch.autograd.Function):
@@ -671,27 +678,28 @@ class _AddRing(torch.autograd.Function):
 
 @lru_cache(maxsize=256)
 def _ring(axes: tuple[Axis, Axis], size: Pair, device: torch.device, dtype: torch.dtype) -> _Ring | None:
-    inside = [_taps_inside(axis, length) for axis, length in zip(axes, size)]
-    outside = 1 - rearrange(inside[0], "h u -> h 1 u 1") * rearrange(inside[1], "w v -> 1 w 1 v")
-    (top, bottom), (left, right) = map(_whole_inside, inside)
+    outside = _outside(axes, size)
+    whole = outside.sum(2) == 0  # a rectangle, as the two axes know nothing of each other
+    (top, bottom), (left, right) = (_ends(whole.any(axis).tolist()) for axis in (1, 0))
     middle = slice(top, bottom)
     strips = [(slice(0, top), slice(None)), (slice(bottom, None), slice(None))]
     strips += [(middle, slice(0, left)), (middle, slice(right, None))]
     strips = tuple(strip for strip in strips if outside[strip].numel())
     if not strips:
         return None
-    taps = torch.cat([outside[strip].flatten(2).flatten(0, 1) for strip in strips])
-    return _Ring(strips, taps.to(device, dtype), outside.shape[0] * outside.shape[1])
+    taps = torch.cat([outside[strip].flatten(0, 1) for strip in strips])
+    return _Ring(strips, taps.to(device, dtype), whole.numel())
 
 
-def _whole_inside(inside: Tensor) -> Pair:
-    """The first output whose taps all read the image, and the end of those that do."""
-    whole = inside.all(1).nonzero().flatten().tolist()
-    return (whole[0], whole[-1] + 1) if whole else (len(inside), len(inside))
+def _outside(axes: tuple[Axis, Axis], size: Pair) -> Tensor:
+    """1 where a tap of an output pixel reads padding, 0 where it reads the image: "h w taps"."""
+    vertical, horizontal = axes
+    image = F.pad(torch.zeros(1, *size), (horizontal.left, horizontal.right, vertical.left, vertical.right), value=1.0)
+    rows = (size[0] + vertical.slack - 1) // vertical.stride + 1
+    taps, dilation, stride = zip(*((axis.taps, axis.dilation, axis.stride) for axis in axes))
+    return F.unfold(image, taps, dilation, stride=stride).T.unflatten(0, (rows, -1))
 
 
-def _taps_inside(axis: Axis, length: int) -> Tensor:
-    """1 where a tap of an output pixel reads the image, 0 where it reads padding: "output tap"."""
-    outputs = (length + axis.slack - 1) // axis.stride + 1
-    reads = torch.tensor([axis.reads(output) for output in range(outputs)])
-    return ((reads >= 0) & (reads < length)).double()
+def _ends(whole: list[bool]) -> Pair:
+    """Where the true ones begin and end."""
+    return (whole.index(True), len(whole) - whole[::-1].index(True)) if any(whole) else (len(whole), len(whole))

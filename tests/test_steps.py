@@ -1,0 +1,300 @@
+"""Other ways to compute a training step: the lean one is the same, and the sampled one if it samples all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import dbb
+from dbb.steps import BranchStep, LeanStep, SampledStep, sampling_pays, set_training_step
+from dbb.verify import _saved_bytes
+from tests.test_blocks import CASES, image
+
+EXACT = 1e-10
+ALL = SampledStep(pixels=10**9, always=True)
+
+
+def batch(case) -> torch.Tensor:
+    """Images that differ in mean and scale, so that a forgotten mean shows."""
+    x = image(8, *case.size)
+    return torch.cat([x, 0.7 * x.flip(0) + 0.5, 1.3 * x - 0.2])
+
+
+def training_step(block: nn.Module, step, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, all gradients and all buffers after one training step."""
+    block, x = copy.deepcopy(block).train(), x.clone().requires_grad_()
+    set_training_step(block, step)
+    y = block(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(y.dtype))
+    gradients = {f"gradient of {name}": p.grad for name, p in block.named_parameters()}
+    return {"output": y.detach(), "gradient of input": x.grad, **gradients, **dict(block.named_buffers())}
+
+
+def differences(given: dict, wanted: dict) -> dict[str, float]:
+    """The largest error of each tensor, relative to it; gradients that vanish by nature to the largest of the block."""
+    assert given.keys() == wanted.keys()
+    missing = [name for name in wanted if (given[name] is None) != (wanted[name] is None)]
+    assert missing == [], "a gradient that is zero is not the same as none"
+    largest = max(w.abs().max().item() for name, w in wanted.items() if name.startswith("gradient") and w is not None)
+    found = {}
+    for name, w in wanted.items():
+        if w is not None:
+            scale = max(w.abs().max().item(), 1e-2 * largest if name.startswith("gradient") else 0, 1e-12)
+            found[name] = (given[name].double() - w.double()).abs().max().item() / scale
+    return found
+
+
+def assert_same_step(block: nn.Module, step, x: torch.Tensor, tolerance: float = EXACT) -> None:
+    found = differences(training_step(block, step, x), training_step(block, BranchStep(), x))
+    assert {name: error for name, error in found.items() if not error <= tolerance} == {}
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_lean_is_the_branches_in_training(case):
+    torch.manual_seed(0)
+    assert_same_step(case.build(), LeanStep(), batch(case))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("dbb batch border", "acb", "repvgg")][::3], ids=str)
+def test_sampled_with_all_pixels_is_the_branches_in_training(case):
+    torch.manual_seed(0)
+    assert_same_step(case.build(), ALL, batch(case))
+
+
+LAYERS = {
+    "merged": ((8, 12, 3), {"padding": 1}, (4, 8, 24, 24)),
+    "stride 2": ((8, 12, 3), {"padding": 1, "stride": 2}, (4, 8, 24, 24)),
+    "in two steps": ((16, 48, 3), {"padding": 1}, (2, 16, 12, 12)),
+    "depthwise": ((16, 16, 3), {"padding": 1, "groups": 16}, (2, 16, 12, 12)),
+    "groups": ((8, 8, 5), {"padding": 2, "groups": 2}, (4, 8, 20, 20)),
+    "few pixels": ((64, 64, 3), {"padding": 1}, (2, 64, 5, 5)),
+}
+each_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+def build(layer: str, kind=dbb.DiverseBranchBlock, **options) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    shape, arguments, size = LAYERS[layer]
+    return dbb.randomize_norms_(kind(*shape, **arguments, **options)), torch.randn(size).relu()
+
+
+@each_layer
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_lean_in_float32_and_both_layouts(layer, channels_last):
+    block, x = build(layer)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    assert_same_step(block.to(memory_format=memory_format), LeanStep(), x.to(memory_format=memory_format), 2e-4)
+
+
+@each_layer
+@pytest.mark.parametrize("momentum", [None, 1.0])
+def test_lean_tracks_running_statistics_as_norms_do(layer, momentum):
+    block, x = build(layer, dtype=torch.float64)
+    for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = momentum
+    assert_same_step(block, LeanStep(), x.double())
+    assert_same_step(block, LeanStep(), 2 * x.double() + 1)
+
+
+@each_layer
+@pytest.mark.parametrize("step", [LeanStep(), SampledStep(100, always=True)], ids=["lean", "sampled"])
+def test_under_autocast_it_stays_close_to_float32(layer, step):
+    """bfloat16 has eight bits: an answer is off by a few hundredths of its scale, and no more."""
+    block, x = build(layer)
+    block.train()
+    set_training_step(block, step)
+    torch.manual_seed(0)
+    wanted = copy.deepcopy(block)(x)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = block(x)
+    assert given.dtype == torch.bfloat16
+    assert (given.float() - wanted).square().mean().sqrt() < 0.03 * wanted.std()
+    given.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_second_moments_are_centred_and_in_float32():
+    """A channel with a large mean and a small variance: products in bfloat16, or not centred, would be noise."""
+    block = dbb.DiverseBranchBlock(4, 4, 3, padding=1).train()
+    torch.manual_seed(0)
+    x = (100 + torch.randn(8, 4, 16, 16)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    inner = block.branches["1x1_kxk"].pointwise.prefix.bn
+    assert torch.allclose(inner.running_var, 0.9 + 0.1 * x.float().var((0, 2, 3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("layer", ["merged", "stride 2", "in two steps", "depthwise"])
+def test_lean_keeps_half_of_what_the_branches_keep(layer):
+    block, x = build(layer)
+    branches = _saved_bytes(set_training_step(block, BranchStep()), x)
+    assert _saved_bytes(set_training_step(block, LeanStep()), x) <= branches / 2
+
+
+@pytest.mark.parametrize("kind", [dbb.DiverseBranchBlock, dbb.ACBlock, dbb.RepVGGBlock])
+def test_a_small_sample_keeps_hardly_more_than_the_input(kind):
+    block = kind(64, 64, 3, padding=1)
+    x = torch.rand(8, 64, 56, 56)
+    set_training_step(block, SampledStep(512, always=True))
+    assert _saved_bytes(block, x) < 1.3 * x.nbytes
+
+
+@each_layer
+@pytest.mark.parametrize("kind", [dbb.DiverseBranchBlock, dbb.ACBlock, dbb.RepVGGBlock])
+def test_sampled_trains_every_parameter_and_tracks_every_norm(layer, kind):
+    block, x = build(layer, kind)
+    block.train()
+    before = {name: b.clone() for name, b in block.named_buffers()}
+    set_training_step(block, SampledStep(64, always=True))(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    assert all(not torch.equal(b, before[name]) for name, b in block.named_buffers())
+
+
+def test_the_sample_is_spread_over_all_images():
+    """Images that are constant, each another value: only the mean of them all is right."""
+    conv_norm = dbb.BranchBlock({"kxk": nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, momentum=1.0))})
+    nn.init.ones_(conv_norm.branches["kxk"][0].weight)
+    x = torch.arange(32.0)[:, None, None, None].expand(32, 1, 16, 16).contiguous()
+    set_training_step(conv_norm, SampledStep(32, always=True)).train()(x)
+    assert conv_norm.branches["kxk"][1].running_mean.item() == pytest.approx(15.5)
+
+
+def test_the_grid_moves_from_step_to_step_and_covers_the_image():
+    norm = nn.BatchNorm2d(1, momentum=1.0)
+    block = dbb.BranchBlock({"kxk": nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), norm)}).train()
+    nn.init.ones_(block.branches["kxk"][0].weight)
+    x = torch.arange(64.0).reshape(1, 1, 8, 8).expand(2, 1, 8, 8).contiguous()
+    set_training_step(block, SampledStep(2, always=True))
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(600):
+        block(x)
+        seen.add(round(norm.running_mean.item()))
+    assert seen == set(range(64))
+
+
+def test_sampled_repeats_itself_under_a_seed():
+    block, x = build("merged")
+    steps = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        steps.append(training_step(block, SampledStep(100, always=True), x))
+    assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
+
+
+def test_what_pays():
+    """Few pixels of many: the folded form. Hardly any pixels and many channels: the branches."""
+    early, late = (dbb.DiverseBranchBlock(c, c, 3, padding=1, device="meta").branches for c in (64, 512))
+    assert sampling_pays(early, torch.empty(64, 64, 56, 56, device="meta"), 8192)
+    assert not sampling_pays(late, torch.empty(64, 512, 7, 7, device="meta"), 8192)
+    assert not sampling_pays(dbb.Parallel(nn.AvgPool2d(3)), torch.empty(64, 64, 56, 56, device="meta"), 8192)
+
+
+def test_where_sampling_does_not_pay_the_step_is_exact():
+    block, x = build("few pixels", dtype=torch.float64)
+    assert_same_step(block, SampledStep(8192), x.double())
+
+
+# Where the lean way is not taken
+
+
+def test_hooks_see_every_layer_run():
+    block, x = build("merged")
+    seen = []
+    block.branches["1x1"].bn.register_forward_hook(lambda *_: seen.append("1x1"))
+    block.train()(x)
+    assert seen == ["1x1"]
+
+
+def test_frozen_norms_keep_their_statistics():
+    block, x = build("merged", dtype=torch.float64)
+    block.train()
+    for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    before = {name: b.clone() for name, b in block.named_buffers()}
+    wanted = copy.deepcopy(block).eval()(x.double())
+    for step in (LeanStep(), SampledStep(16, always=True)):
+        assert torch.allclose(set_training_step(block, step)(x.double()), wanted, rtol=0, atol=1e-10)
+    assert all(torch.equal(b, before[name]) for name, b in block.named_buffers())
+
+
+def test_synchronised_norms_run_as_they_are_defined():
+    """They would need the moments of all processes; alone in one, they are batch norms."""
+    block, x = build("merged", dtype=torch.float64)
+    ran = []
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
+    assert_same_step(block, LeanStep(), x.double())
+    forward, nn.SyncBatchNorm.forward = (
+        nn.SyncBatchNorm.forward,
+        lambda norm, x: (ran.append(norm), forward(norm, x))[1],
+    )
+    try:
+        block.train()(x.double())
+    finally:
+        nn.SyncBatchNorm.forward = forward
+    assert len(ran) == sum(isinstance(m, nn.SyncBatchNorm) for m in block.modules()) == 6
+
+
+def test_a_branch_that_answers_its_input_leaves_it_alone():
+    norm = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    block = dbb.BranchBlock({"input": nn.Identity(), "kxk": norm}).double().train()
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    before = x.clone()
+    assert_same_step(block, LeanStep(), x)
+    block(x)
+    assert torch.equal(x, before)
+
+
+# How they live with the rest
+
+
+@pytest.mark.parametrize("step", [LeanStep(), SampledStep(64, always=True)], ids=["lean", "sampled"])
+@pytest.mark.parametrize("layer", ["merged", "in two steps", "depthwise"])
+def test_compiled(layer, step):
+    block, x = build(layer)
+    set_training_step(block.train(), step)
+    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager")
+    answers = []
+    for b in (block, compiled):
+        torch.manual_seed(5)
+        answers.append(b(x))
+        answers[-1].square().sum().backward()
+    assert torch.allclose(*answers, rtol=1e-4, atol=1e-4)
+    for p, q in zip(block.parameters(), compiled.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-2 * p.grad.abs().max().item() + 1e-6)
+
+
+def test_weights_move_between_the_forms():
+    """One set of parameters and buffers, one fold."""
+    block, x = build("merged", dtype=torch.float64)
+    set_training_step(block, SampledStep(64, always=True)).train()
+    block(x.double()).sum().backward()
+    other = dbb.DiverseBranchBlock(8, 12, 3, padding=1, dtype=torch.float64)
+    other.load_state_dict(block.state_dict())
+    a, b = block.eval().fuse(), other.eval().fuse()
+    assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
+    dbb.assert_equivalent(block, a, x.double())
+
+
+def test_the_choice_survives_copies():
+    block = set_training_step(build("merged")[0], SampledStep(64))
+    assert copy.deepcopy(block).training_step == SampledStep(64)
+    assert pickle.loads(pickle.dumps(block)).training_step == SampledStep(64)
+
+
+def test_it_is_set_for_every_block_of_a_model():
+    model = nn.Sequential(build("merged")[0], nn.ReLU(), nn.Sequential(dbb.ACBlock(12, 12, 3, padding=1)))
+    set_training_step(model, SampledStep(77))
+    assert [m.training_step for m in (model[0], model[2][0])] == [SampledStep(77)] * 2
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="Linear has no blocks: put some in"):
+        set_training_step(nn.Linear(2, 2), LeanStep())
+    with pytest.raises(ValueError, match="pixels=1 is no sample"):
+        SampledStep(1)
