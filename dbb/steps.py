@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial, reduce
+from functools import lru_cache, partial, reduce
+from itertools import pairwise
 from math import prod
 from operator import add
 
@@ -30,7 +31,10 @@ from dbb.affine import Affine, Axis, Pair, Sides, identity, sides, zero_pad
 from dbb.fold import conv_map, fold, normalisation
 from dbb.layers import BiasPad, IdentityBasedConv1x1, Parallel, WindowMean, answer_to_zero
 
+GRIDS = 8  # that a sample has: more see more, and cost more small operations
+
 Norm = nn.modules.batchnorm._BatchNorm
+Grids = list[tuple[slice, tuple[range, range]]]  # some of the images, and which output rows and columns of them
 Statistics = Callable[[Affine, Norm], tuple[Tensor, Tensor]]  # mean "c" and biased variance "c", over the batch
 
 
@@ -239,7 +243,7 @@ def _run_padded_conv(padded: _Padded, conv: nn.Conv2d, norm: Norm, x: Tensor, to
             # to pad with a value: subtract it, pad with zero, and add its answer
             shifted = linear if padded.outside is None else replace(first, bias=-padded.outside)
             z = _apply(shifted, x)
-            with _not_kept(z, cache(lambda: _apply(shifted, x))):
+            with _not_kept(z, _once(lambda: _apply(shifted, x))):
                 y = _apply(then, z)
             border = first.bias if padded.outside is None else first.bias + padded.outside
             constant = then.constant_response(border)
@@ -258,7 +262,7 @@ def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total:
     """The average of a padded pointwise map and its norm, as the normalised map of the average."""
     averaged, a = _pad_and_pool(padded.padding, pool, x), padded.map
     ring = None if padded.outside is None else _Ring.of((zero_pad(padded.padding) >> fold(pool)).to(a.weight.dtype), x)
-    with _not_kept(averaged, cache(lambda: _pad_and_pool(padded.padding, pool, x))), _full_precision(x):
+    with _not_kept(averaged, _once(lambda: _pad_and_pool(padded.padding, pool, x))), _full_precision(x):
         moments = _MomentsOf(averaged, ring)
         mean, var = moments.through(a)
         if ring:  # the share of a window that lies outside is one more channel of the image
@@ -316,6 +320,18 @@ def _apply(a: Affine, x: Tensor) -> Tensor:
     return F.conv2d(x, a.weight.to(x.dtype), bias, a.stride, around, a.dilation, a.groups)
 
 
+def _once(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same function, which computes its answer only once."""
+    found: list[Tensor] = []
+
+    def answer() -> Tensor:
+        if not found:
+            found.append(function())
+        return found[0]
+
+    return answer
+
+
 @contextmanager
 def _not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
     """What operations in here keep of `tensor` for the backward pass is not kept, but computed `again` there."""
@@ -346,8 +362,8 @@ def _not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 class SampledStep:
     """The block folded in every step, with statistics from a sample of the batch's pixels: ghost batch norm, no more.
 
-    pixels: of a map's answer that its norm sees at least, spread as a grid over all images; the grid's place is drawn
-    anew in each step, from torch's CPU generator
+    pixels: of a map's answer that its norm sees at least, spread over all images by grids whose places are drawn anew
+    in each step, from torch's CPU generator
     always: whether also where the branches themselves cost less; else those blocks take a `LeanStep`
 
     With all pixels in the sample it is the training step of `border="batch"`; whatever `border` the block has, its
@@ -428,13 +444,12 @@ class _Sample:
         if key not in self.windows:
             outputs = [(n + axis.slack - 1) // axis.stride + 1 for axis, n in zip(a.axes, self.x.shape[2:])]
             steps = _grid_steps(outputs, self.x.shape[0], self.wanted)
-            grids = [_draw_grid(n, step) for n, step in zip(outputs, steps)]
-            gather = partial(_gather, self.x, a.axes, grids, self.dtype)
-            self.windows[key] = gather(), cache(gather)
+            gather = partial(_gather, self.x, a.axes, _draw_grids(len(self.x), outputs, steps), self.dtype)
+            self.windows[key] = gather(), _once(gather)
         return self.windows[key]
 
 
-def _gather(x: Tensor, axes: tuple[Axis, Axis], grids: list[range], dtype: torch.dtype) -> Tensor:
+def _gather(x: Tensor, axes: tuple[Axis, Axis], grids: Grids, dtype: torch.dtype) -> Tensor:
     return _Windows.apply(x, axes, grids).to(dtype)
 
 
@@ -459,6 +474,13 @@ def _grid_steps(outputs: list[int], images: int, pixels: int) -> Pair:
     return chosen
 
 
+def _draw_grids(images: int, outputs: list[int], steps: Pair) -> Grids:
+    """A grid for every few images: places are alike in all images, so one grid for all would see less."""
+    parts = 1 if steps == (1, 1) else min(images, GRIDS)
+    bounds = [images * part // parts for part in range(parts + 1)]
+    return [(slice(*ends), tuple(_draw_grid(n, step) for n, step in zip(outputs, steps))) for ends in pairwise(bounds)]
+
+
 def _draw_grid(outputs: int, step: int) -> range:
     """Every `step`-th output, from a first one that is drawn; as many of them wherever it begins."""
     count = outputs // step
@@ -471,9 +493,8 @@ class _Windows(torch.autograd.Function):
     """The windows "sample taps channels" of some output pixels of a map; padding reads as zero."""
 
     @staticmethod
-    def forward(x: Tensor, axes: tuple[Axis, Axis], grids: list[range]) -> Tensor:
-        taps, (rows, columns) = [axis.taps for axis in axes], map(len, grids)
-        windows = x.new_zeros(x.shape[0], rows, columns, *taps, x.shape[1])
+    def forward(x: Tensor, axes: tuple[Axis, Axis], grids: Grids) -> Tensor:
+        windows = x.new_zeros(_shape(x, axes, grids))
         for place, read in _tap_slices(axes, grids, x.shape[2:]):
             windows[place] = x[read].permute(0, 2, 3, 1)
         return windows.flatten(3, 4).flatten(0, 2)
@@ -486,21 +507,27 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        taps, (rows, columns) = [axis.taps for axis in ctx.axes], map(len, ctx.grids)
-        windows = grad.reshape(x.shape[0], rows, columns, *taps, x.shape[1])
-        answer = torch.zeros_like(x)
+        windows, answer = grad.reshape(_shape(x, ctx.axes, ctx.grids)), torch.zeros_like(x)
         for place, read in _tap_slices(ctx.axes, ctx.grids, x.shape[2:]):
             answer[read] += windows[place].permute(0, 3, 1, 2)
         return answer, None, None
 
 
-def _tap_slices(axes: tuple[Axis, Axis], grids: list[range], size: Sequence[int]) -> Iterator[tuple[tuple, tuple]]:
-    """For each tap: where in the windows it goes, and where in the image it comes from."""
-    every = slice(None)
-    along = [[_one_tap(axis, grid, n, tap) for tap in range(axis.taps)] for axis, grid, n in zip(axes, grids, size)]
-    for u, (into_row, from_row) in enumerate(along[0]):
-        for v, (into_column, from_column) in enumerate(along[1]):
-            yield (every, into_row, into_column, u, v), (every, every, from_row, from_column)
+def _shape(x: Tensor, axes: tuple[Axis, Axis], grids: Grids) -> tuple[int, ...]:
+    """Of the windows: image, row and column of the grid, tap by row and column, channel."""
+    (_, grid), *_ = grids
+    return (x.shape[0], *map(len, grid), *(axis.taps for axis in axes), x.shape[1])
+
+
+def _tap_slices(axes: tuple[Axis, Axis], grids: Grids, size: Sequence[int]) -> Iterator[tuple[tuple, tuple]]:
+    """For each tap, in each part of the images: where in the windows it goes, and where in the image it comes from."""
+    for images, grid in grids:
+        along = [
+            [_one_tap(axis, places, n, tap) for tap in range(axis.taps)] for axis, places, n in zip(axes, grid, size)
+        ]
+        for u, (into_row, from_row) in enumerate(along[0]):
+            for v, (into_column, from_column) in enumerate(along[1]):
+                yield (images, into_row, into_column, u, v), (images, slice(None), from_row, from_column)
 
 
 def _one_tap(axis: Axis, grid: range, size: int, tap: int) -> tuple[slice, slice]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dbb
-from dbb.steps import BranchStep, LeanStep, SampledStep, sampling_pays, set_training_step
+from dbb.steps import BranchStep, LeanStep, SampledStep, _draw_grid, _draw_grids, sampling_pays, set_training_step
 from dbb.verify import _saved_bytes
 from tests.test_blocks import CASES, image
 
@@ -164,18 +164,19 @@ def test_the_sample_is_spread_over_all_images():
     assert conv_norm.branches["kxk"][1].running_mean.item() == pytest.approx(15.5)
 
 
-def test_the_grid_moves_from_step_to_step_and_covers_the_image():
-    norm = nn.BatchNorm2d(1, momentum=1.0)
-    block = dbb.BranchBlock({"kxk": nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), norm)}).train()
-    nn.init.ones_(block.branches["kxk"][0].weight)
-    x = torch.arange(64.0).reshape(1, 1, 8, 8).expand(2, 1, 8, 8).contiguous()
-    set_training_step(block, SampledStep(2, always=True))
+def test_grids_move_from_step_to_step_and_reach_every_place():
     torch.manual_seed(0)
-    seen = set()
-    for _ in range(600):
-        block(x)
-        seen.add(round(norm.running_mean.item()))
-    assert seen == set(range(64))
+    grids = [_draw_grid(9, 4) for _ in range(200)]
+    assert {place for grid in grids for place in grid} == set(range(9))
+    assert {(len(grid), grid.step) for grid in grids} == {(2, 4)}
+
+
+def test_parts_of_the_batch_have_grids_of_their_own():
+    torch.manual_seed(0)
+    drawn = _draw_grids(64, [32, 32], (8, 8))
+    assert [images for images, _ in drawn] == [slice(n, n + 8) for n in range(0, 64, 8)]
+    assert len({(rows.start, columns.start) for _, (rows, columns) in drawn}) > 4
+    assert len(_draw_grids(3, [32, 32], (8, 8))) == 3 and len(_draw_grids(64, [32, 32], (1, 1))) == 1
 
 
 def test_sampled_repeats_itself_under_a_seed():

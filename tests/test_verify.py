@@ -142,7 +142,7 @@ def test_cost():
     assert found.folded.macs == 2 * (8 * 8 * 9 * 100 + 8 * 100 * 5)
     # the two sequences convolve once on the image itself before their border is put around it
     assert found.training.macs == 2 * (8 * 8 * (9 + 1 + 1 + 9 + 1) * 100 + 8 * 100 * 5)
-    assert found.training.saved_bytes > 5 * found.folded.saved_bytes > 0
+    assert found.training.saved_bytes > 2 * found.folded.saved_bytes > 0
     assert found.training.seconds > 0 and found.folded.seconds > 0
     assert str(found).splitlines()[0].split() == ["training", "form", "folded", "ratio"]
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
