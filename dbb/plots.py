@@ -126,6 +126,23 @@ def feature_map(x: Tensor, ax: Axes | None = None, title: str = "", limits: tupl
     return ax
 
 
+def signed_map(x: Tensor, ax: Axes | None = None, title: str = "", limit: float | None = None) -> Axes:
+    """An image "h w" whose values have a sign: white is zero, orange positive, purple negative; with its scale."""
+    ax = _bare(ax, title)
+    limit = limit or x.abs().max().item() or 1
+    ax.imshow(_numpy(x), cmap=SIGNED, vmin=-limit, vmax=limit)
+    scale(ax, SIGNED, (-limit, limit))
+    return ax
+
+
+def marked(maps: Tensor, rows: Sequence[int], columns: Sequence[int], axes: Sequence[Axes]) -> None:
+    """Feature maps "n h w" on one scale, a panel each, with a dot on the pixels where `rows` and `columns` meet."""
+    limits = limits_of([maps])
+    for ax, x in zip(axes, maps):
+        feature_map(x, ax, limits=limits)
+        ax.scatter(*zip(*product(columns, rows)), s=8, color=ORANGE, edgecolor=INK, linewidth=0.3)
+
+
 def difference(x: Tensor, ax: Axes | None = None, title: str = "", limit: float | None = None, unit: str = "") -> Axes:
     """The size of a difference "h w", black where there is none; its largest value is written underneath."""
     ax = _bare(ax, title)
@@ -251,6 +268,21 @@ def bars(values: Mapping[str, float], ax: Axes | None = None, title: str = "", u
     return ax
 
 
+def stacks(
+    bars: Mapping[str, Mapping[str, float]], colours: Mapping[str, str], ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """A horizontal bar for each name, made of its parts, which have the `colours` (see `colour_key`)."""
+    ax, ends = ax or plt.gca(), [0.0] * len(bars)
+    for part, colour in colours.items():
+        sizes = [parts.get(part, 0) for parts in bars.values()]
+        ax.barh(list(bars), sizes, left=ends, color=colour, edgecolor="white", linewidth=0.5)
+        ends = [end + size for end, size in zip(ends, sizes)]
+    ax.invert_yaxis()
+    ax.set_title(title)
+    ax.tick_params(left=False)
+    return ax
+
+
 def shares(
     parts: Mapping[str, Mapping[str, float]],
     ax: Axes | None = None,
@@ -294,6 +326,49 @@ def branch_key(figure: Figure, names: Iterable[str] = BRANCH_NAMES) -> None:
     """The colours of the branches, under a figure."""
     squares = [Rectangle((0, 0), 1, 1, color=BRANCH_COLOURS[name], label=BRANCH_NAMES[name]) for name in names]
     figure.legend(handles=squares, loc="outside lower center", ncols=len(squares), handlelength=1)
+
+
+def colour_key(figure: Figure, colours: Mapping[str, str], columns: int = 4) -> None:
+    """What colours mean, under a figure."""
+    squares = [Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=squares, loc="outside lower center", ncols=columns, handlelength=1)
+
+
+def lines(
+    xs: Sequence[float],
+    named: Mapping[str, Sequence[float]],
+    ax: Axes | None = None,
+    title: str = "",
+    label: str = "",
+    logarithmic: str = "xy",
+    styles: Sequence[str] = ("-o", "--s", ":^", "-.D", "-v"),
+) -> Axes:
+    """Values over `xs`, a named line each; `logarithmic` says which axes are."""
+    ax = ax or plt.gca()
+    for (name, values), style in zip(named.items(), styles):
+        ax.plot(xs, values, style, markersize=4, label=name)
+    ax.set(title=title, xlabel=label)
+    ax.set_xscale("log" if "x" in logarithmic else "linear")
+    ax.set_yscale("log" if "y" in logarithmic else "linear")
+    if len(named) > 1:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def costs(points: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None = None, title: str = "") -> Axes:
+    """Time and memory of ways to do the same, in units of one that is not drawn: a dot for each measurement."""
+    ax = ax or plt.gca()
+    for (name, dots), colour, marker in zip(points.items(), (RED, SKY, BLUE, INK, PURPLE, ORANGE), "os^Dvx"):
+        ax.scatter(*zip(*dots), s=24, color=colour, marker=marker, linewidth=1, label=name)
+    for line in (ax.axhline, ax.axvline):
+        line(1, color=GREY, linewidth=1)
+    if points:
+        ax.legend()
+    else:
+        ax.text(0.05, 0.9, "nothing is recorded yet", transform=ax.transAxes)
+    low, high = (0, 2) if not points else (0, None)
+    ax.set(title=title, xlabel="time", ylabel="memory", xlim=(low, high), ylim=(low, high))
+    return ax
 
 
 def curves(

@@ -22,7 +22,7 @@ class TrainingRecipe:
 
     model, model_options, block: see `dbb.models`
     block_options: of each block, as {"branches": ["kxk", "1x1"]}
-    sampled_pixels: the blocks' norms take their statistics from so many pixels, by `SampledStep`; None for all pixels
+    sampled_pixels: the norms of all blocks take their statistics from so many pixels, by `SampledStep`; None for all
     data: "digits", "cifar10", "cifar100" or the path of an image folder
     batch_size: of all processes together
     lr: at the start of a cosine that ends at zero, stepped by iteration
@@ -89,7 +89,11 @@ class TrainingRecipe:
 
         options = {"block_options": self.block_options, **self.model_options}
         model = build_model(self.model, num_classes, self.block, **options)
-        return model if self.sampled_pixels is None else set_training_step(model, SampledStep(self.sampled_pixels))
+        return (
+            model
+            if self.sampled_pixels is None
+            else set_training_step(model, SampledStep(self.sampled_pixels, always=True))
+        )
 
     def as_dict(self) -> dict:
         """All values, for records and checkpoints."""

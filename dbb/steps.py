@@ -390,10 +390,11 @@ class SampledStep:
 
 
 def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
-    """Whether the folded form needs clearly fewer multiply-adds than the branches, on this input, with that sample.
+    """Whether the folded form is clearly cheaper than the branches, on this input, with that sample.
 
-    Forward only, as the backward pass has twice as many of either. What the count leaves out, small operations and the
-    gathering of windows, is against the folded form where maps are small: so it has to win by a quarter.
+    Counts the multiply-adds of a forward pass, as the backward pass has twice as many of either. Those in the sample
+    count double, as small products run at half the speed, and each number that is gathered counts as 16: with that the
+    choice agrees with what `benchmarks/training_cost.py` measured. The folded form has to win by a quarter.
     """
     convs = [m for m in branches.modules() if isinstance(m, nn.Conv2d)]
     if not convs:
@@ -401,14 +402,16 @@ def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
     largest = max(convs, key=_numbers)
     kernel, inside = _numbers(largest), x.numel() // x.shape[1]
     outside = inside // prod(largest.stride)
-    by_branches, sampled = 0, kernel * outside
+    by_branches = in_sample = merging = 0
     for branch in branches.children():
         # the convolutions in front of a padding see every pixel, and merge into the kernel behind them
         prefix = sum(_numbers(m) for pad in branch.modules() if isinstance(pad, BiasPad) for m in pad.modules())
         behind = sum(map(_numbers, branch.modules())) - prefix
         by_branches += prefix * inside + behind * outside
-        sampled += prefix * min(pixels, inside) + (kernel if prefix else behind) * min(pixels, outside)
-        sampled += behind * largest.weight.shape[1] if prefix else 0
+        in_sample += prefix * min(pixels, inside) + (kernel if prefix else behind) * min(pixels, outside)
+        merging += behind * largest.weight.shape[1] if prefix else 0
+    uses_of_a_number = largest.out_channels // largest.groups
+    sampled = kernel * outside + merging + 2 * in_sample * (1 + 8 / uses_of_a_number)
     return sampled < 0.75 * by_branches
 
 
