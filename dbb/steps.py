@@ -113,14 +113,18 @@ class LeanStep:
 
     What has another shape runs as it is defined: branches of your own, frozen norms, SyncBatchNorm. So does a block
     with hooks on its layers, as not every layer runs here.
+
+    always: whether also where that saves memory only, and costs time: in blocks without sequences (ACB, RepVGG), and
+    where there are few pixels
     """
+
+    always: bool = False
 
     def __call__(self, branches: nn.Module, x: Tensor) -> Tensor:
         """Run the branches: "n i h w" -> "n o h' w'"."""
-        pixels = x.numel() // x.shape[1]
         if not isinstance(branches, Parallel) or _is_watched(branches):
             return branches(x)
-        if pixels < 2 * x.shape[1]:  # moments of so few cost more than answers
+        if not self.always and not _moments_pay(branches, x):
             return branches(x)
         total = _Total()
         moments = _MomentsOf(_as_computed(x))
@@ -176,6 +180,11 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
         _run_padded_conv(padded, last, norm, moments.x, total)
     else:
         total.waiting.append((branch[:-1](x), norm, None))
+
+
+def _moments_pay(branches: nn.Module, x: Tensor) -> bool:
+    """Whether there are sequences to shorten, and pixels enough for their moments to cost less than their answers."""
+    return any(isinstance(m, BiasPad) for m in branches.modules()) and x.numel() >= 2 * x.shape[1] ** 2
 
 
 def _is_watched(branches: nn.Module) -> bool:

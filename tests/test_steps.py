@@ -56,7 +56,7 @@ def assert_same_step(block: nn.Module, step, x: torch.Tensor, tolerance: float =
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_lean_is_the_branches_in_training(case):
     torch.manual_seed(0)
-    assert_same_step(case.build(), LeanStep(), batch(case))
+    assert_same_step(case.build(), LeanStep(always=True), batch(case))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("dbb batch border", "acb", "repvgg")][::3], ids=str)
@@ -87,7 +87,9 @@ def build(layer: str, kind=dbb.DiverseBranchBlock, **options) -> tuple[nn.Module
 def test_lean_in_float32_and_both_layouts(layer, channels_last):
     block, x = build(layer)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    assert_same_step(block.to(memory_format=memory_format), LeanStep(), x.to(memory_format=memory_format), 2e-4)
+    assert_same_step(
+        block.to(memory_format=memory_format), LeanStep(always=True), x.to(memory_format=memory_format), 2e-4
+    )
 
 
 @each_layer
@@ -96,8 +98,8 @@ def test_lean_tracks_running_statistics_as_norms_do(layer, momentum):
     block, x = build(layer, dtype=torch.float64)
     for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = momentum
-    assert_same_step(block, LeanStep(), x.double())
-    assert_same_step(block, LeanStep(), 2 * x.double() + 1)
+    assert_same_step(block, LeanStep(always=True), x.double())
+    assert_same_step(block, LeanStep(always=True), 2 * x.double() + 1)
 
 
 @each_layer
@@ -186,6 +188,13 @@ def test_sampled_repeats_itself_under_a_seed():
         torch.manual_seed(3)
         steps.append(training_step(block, SampledStep(100, always=True), x))
     assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
+
+
+@pytest.mark.parametrize("kind, shortened", [(dbb.DiverseBranchBlock, True), (dbb.RepVGGBlock, False)])
+def test_blocks_without_sequences_are_left_as_they_are_unless_asked(kind, shortened):
+    block, x = kind(16, 16, 3, padding=1), torch.rand(4, 16, 32, 32)
+    by_step = [_saved_bytes(set_training_step(block, s), x) for s in (BranchStep(), LeanStep(), LeanStep(always=True))]
+    assert (by_step[1] < by_step[0]) == shortened and by_step[2] < by_step[0]
 
 
 def test_what_pays():
