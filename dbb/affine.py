@@ -156,7 +156,8 @@ class Affine:
         """Apply the map: "n i h w" -> "n o h' w'"."""
         a = self.on(x.shape[1], like=x)
         (top, bottom), (left, right) = a.padding
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), a.weight, a.bias, a.stride, 0, a.dilation, a.groups)
+        weight = plain_strides(a.weight)
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, a.bias, a.stride, 0, a.dilation, a.groups)
 
     def constant_response(self, value: Tensor | None) -> Tensor | None:
         """The answer "o", away from the border, to an image that is `value` ("i") everywhere; None is exactly zero."""
@@ -265,7 +266,10 @@ class Affine:
             a.in_channels, a.out_channels, a.kernel_size, a.stride, padding, a.dilation, a.groups, device="meta"
         )
         bias = a.weight.new_zeros(a.out_channels) if a.bias is None else a.bias
-        conv.weight, conv.bias = nn.Parameter(a.weight.detach().clone()), nn.Parameter(bias.detach().clone())
+        conv.weight, conv.bias = (
+            nn.Parameter(plain_strides(a.weight.detach().clone())),
+            nn.Parameter(bias.detach().clone()),
+        )
         return conv
 
 
@@ -372,6 +376,15 @@ def pair(value: int | Pair) -> Pair:
 def sides(value: int | Pair | Sides) -> Sides:
     """Padding as ((top, bottom), (left, right)), from one int, one an axis, or one a side."""
     return tuple(pair(p) for p in pair(value))
+
+
+def plain_strides(weight: Tensor) -> Tensor:
+    """The kernel with the strides of a fresh tensor.
+
+    An axis of length 1 may have any, and products leave odd ones: torch 2.15 takes a 1x1 kernel with some of them for
+    channels_last, and on a CPU the backward pass of its convolution then writes where it must not.
+    """
+    return weight.flatten().view(weight.shape)
 
 
 # How it is computed

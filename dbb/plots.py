@@ -366,8 +366,11 @@ def costs(points: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None =
         ax.legend()
     else:
         ax.text(0.05, 0.9, "nothing is recorded yet", transform=ax.transAxes)
-    low, high = (0, 2) if not points else (0, None)
-    ax.set(title=title, xlabel="time", ylabel="memory", xlim=(low, high), ylim=(low, high))
+    longest = max((time for dots in points.values() for time, _ in dots), default=1)
+    ax.set(title=title, xlabel="time", ylabel="memory", xscale="log", ylim=(0, None))
+    ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
+    ax.set_xticks([], minor=True)
+    ax.set_xlim(0.8, max(2, 1.3 * longest))
     return ax
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,6 +259,13 @@ def test_a_branch_that_answers_its_input_leaves_it_alone():
     assert_same_step(block, LeanStep(), x)
     block(x)
     assert torch.equal(x, before)
+
+
+def test_kernels_of_maps_have_plain_strides():
+    """Odd ones, on axes of length 1, made torch write past the end of a gradient: a stem of stride 2 crashed."""
+    folded = dbb.fold(build("stride 2")[0].branches["1x1"])
+    odd = replace(folded, weight=folded.weight.as_strided(folded.weight.shape, (8, 1, 8, 8)))
+    assert odd.to_conv2d().weight.stride() == (8, 1, 1, 1) != odd.weight.stride()
 
 
 # How they live with the rest
