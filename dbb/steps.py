@@ -15,7 +15,7 @@ input, an `Affine`, and ask only for the mean and the variance of what that map 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from itertools import pairwise
@@ -310,13 +310,14 @@ def _pad_and_pool(padding: Sides, pool: nn.Module, x: Tensor) -> Tensor:
 
 def _as_computed(x: Tensor) -> Tensor:
     """The input in the dtype that autocast would give the convolutions."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def _full_precision(x: Tensor) -> AbstractContextManager:
     """Autocast off: second moments and merged kernels want more than eight bits."""
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _apply(a: Affine, x: Tensor) -> Tensor:
@@ -661,11 +662,11 @@ class _Ring:
     @classmethod
     def of(cls, a: Affine, x: Tensor) -> _Ring | None:
         """The ring of the map `a` on the image `x`; None where no window hangs over."""
-        size, like = tuple(x.shape[2:]), a.weight
+        size, dtype = tuple(x.shape[2:]), a.weight.dtype
         if torch.compiler.is_compiling():  # the compiler knows no such caches, and makes one pass of whole images
-            outside = _outside(a.axes, size).to(like)
+            outside = _outside(a.axes, size).to(x.device, dtype)
             return cls(((slice(None), slice(None)),), outside.flatten(0, 1), outside.shape[0] * outside.shape[1])
-        return _ring(a.axes, size, like.device, like.dtype)
+        return _ring(a.axes, size, x.device, dtype)
 
     @property
     def share(self) -> Tensor:

@@ -287,6 +287,17 @@ def test_compiled(layer, step):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-2 * p.grad.abs().max().item() + 1e-6)
 
 
+@pytest.mark.parametrize("step", [LeanStep(), SampledStep(64, always=True)], ids=["lean", "sampled"])
+def test_shapes_alone_on_the_meta_device(step):
+    for layer in LAYERS:
+        block, x = build(layer)
+        shape = block(x).shape
+        meta = set_training_step(block.to("meta"), step).train()
+        answer = meta(x.to("meta").requires_grad_())
+        answer.sum().backward()
+        assert answer.shape == shape and all(p.grad is not None for p in meta.parameters())
+
+
 def test_weights_move_between_the_forms():
     """One set of parameters and buffers, one fold."""
     block, x = build("merged", dtype=torch.float64)
