@@ -266,10 +266,8 @@ class Affine:
             a.in_channels, a.out_channels, a.kernel_size, a.stride, padding, a.dilation, a.groups, device="meta"
         )
         bias = a.weight.new_zeros(a.out_channels) if a.bias is None else a.bias
-        conv.weight, conv.bias = (
-            nn.Parameter(plain_strides(a.weight.detach().clone())),
-            nn.Parameter(bias.detach().clone()),
-        )
+        conv.weight = nn.Parameter(plain_strides(a.weight.detach().clone()))
+        conv.bias = nn.Parameter(bias.detach().clone())
         return conv
 
 

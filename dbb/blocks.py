@@ -188,7 +188,7 @@ class BranchBlock(nn.Module):
 
     `branches` holds the training form; after `switch_to_deploy` it is None and `conv` holds the folded form.
 
-    training_step: how `branches(x)` is computed in training mode; `LeanStep` is the same with less time and memory
+    training_step: how `branches(x)` is computed in training mode, see `dbb.steps`; `LeanStep` saves memory
     """
 
     training_step: Callable[[nn.Module, Tensor], Tensor] = LeanStep()

@@ -275,9 +275,8 @@ def folded_is_the_plain_network(root: Path) -> tuple[str, str]:
             folded(torch.rand(1, 3, 32, 32))
         macs.append(counter.get_total_flops() // 2)
     same = shapes[0] == shapes[1] and macs[0] == macs[1] > 0
-    return (
-        HOLDS if same else DIFFERS
-    ), f"{len(shapes[0])} tensors of the same names and shapes, {macs[0]:,} multiply-adds"
+    words = f"{len(shapes[0])} tensors of the same names and shapes, {macs[0]:,} multiply-adds"
+    return (HOLDS if same else DIFFERS), words
 
 
 def zero_padding_is_not_exact(root: Path) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -95,9 +96,8 @@ def conv_map(conv: nn.Conv2d, dtype: torch.dtype) -> Affine:
             f"padding_mode={conv.padding_mode!r} is not the zero padding of an affine map: pad before the whole tree "
             f"instead (blocks do, with their own padding_mode), or use 'zeros'"
         )
-    weight, bias = (
-        t if t is None else (precise(t) if dtype == torch.float64 else t.to(dtype)) for t in (conv.weight, conv.bias)
-    )
+    cast = precise if dtype == torch.float64 else partial(torch.Tensor.to, dtype=dtype)
+    weight, bias = cast(conv.weight), None if conv.bias is None else cast(conv.bias)
     return Affine(weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 

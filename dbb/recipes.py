@@ -89,11 +89,9 @@ class TrainingRecipe:
 
         options = {"block_options": self.block_options, **self.model_options}
         model = build_model(self.model, num_classes, self.block, **options)
-        return (
-            model
-            if self.sampled_pixels is None
-            else set_training_step(model, SampledStep(self.sampled_pixels, always=True))
-        )
+        if self.sampled_pixels is not None:
+            set_training_step(model, SampledStep(self.sampled_pixels, always=True))
+        return model
 
     def as_dict(self) -> dict:
         """All values, for records and checkpoints."""

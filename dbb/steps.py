@@ -173,11 +173,11 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
         _add_map(moments.fold(branch), moments.x, total)
         return
     *front, last = front
-    padded = _Padded.of(front, moments)
-    if padded and _is_average(last):
-        _run_average(padded, last, norm, moments.x, total)
-    elif padded and front and type(last) is nn.Conv2d and last.bias is None:
-        _run_padded_conv(padded, last, norm, moments.x, total)
+    padded = len(front) == 1 and isinstance(front[0], BiasPad) and _is_pointwise(front[0].prefix)
+    if _is_average(last) and (padded or not front):
+        _run_average(_Padded.of(front, moments), last, norm, moments.x, total)
+    elif padded and type(last) is nn.Conv2d and last.bias is None:
+        _run_padded_conv(_Padded.of(front, moments), last, norm, moments.x, total)
     else:
         total.waiting.append((branch[:-1](x), norm, None))
 
@@ -223,12 +223,10 @@ class _Padded:
     outside: Tensor | None = None
 
     @classmethod
-    def of(cls, front: list[nn.Module], moments: _MomentsOf) -> _Padded | None:
-        """From the layers in front of a KxK: a `BiasPad` with a pointwise prefix, or none; None for others."""
+    def of(cls, front: list[nn.Module], moments: _MomentsOf) -> _Padded:
+        """From what stands in front of a KxK: nothing, or a `BiasPad` with a pointwise prefix; its norms keep count."""
         if not front:
             return cls(identity().on(moments.x.shape[1]).to(moments.x.device, moments.dtype))
-        if len(front) > 1 or not isinstance(front[0], BiasPad) or not _is_pointwise(front[0].prefix):
-            return None
         prefix = moments.fold(front[0].prefix)
         if front[0].border == "batch" or prefix.bias is None:
             return cls(prefix, front[0].padding)

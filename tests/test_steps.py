@@ -268,6 +268,14 @@ def test_kernels_of_maps_have_plain_strides():
     assert odd.to_conv2d().weight.stride() == (8, 1, 1, 1) != odd.weight.stride()
 
 
+def test_a_sequence_of_another_shape_counts_its_batch_once():
+    """A convolution with a bias behind the padding runs as it is defined, and so must what stands in front of it."""
+    prefix = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+    sequence = nn.Sequential(dbb.BiasPad(prefix, 1), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12))
+    torch.manual_seed(0)
+    assert_same_step(dbb.BranchBlock({"sequence": sequence}).double(), LeanStep(), torch.randn(4, 8, 12, 12).double())
+
+
 # How they live with the rest
 
 
