@@ -6,10 +6,10 @@ JOBS ?= 2
 # uv, where it is installed, does in half a minute what takes pip three
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile)
 
-.PHONY: help setup reproduce update test format lint lock lab
+.PHONY: help setup reproduce update test format lint lock lab site clean-notebooks
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # The stamp holds the environment to the lock: it is made anew when the lock, the project file or the Python changes.
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -30,8 +30,15 @@ update: setup  ## the same, and keep the outputs in notebooks/, ready to commit
 test: setup  ## run all tests, among them every notebook through papermill
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
+# A kernel that the user once installed under the same name, python3, must not win: what JUPYTER_PATH names comes first.
 lab: setup  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	JUPYTER_PATH="$(CURDIR)/$(VENV)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(BIN)/jupyter lab notebooks
+
+site: setup  ## build the web site into build/site, from notebooks that just ran
+	$(BIN)/python docs/build.py --jobs $(JOBS)
+
+clean-notebooks: setup  ## bring notebooks saved in JupyterLab to their committed form
+	$(BIN)/dbb clean
 
 format: setup  ## format package, tests and notebooks
 	$(BIN)/ruff format .

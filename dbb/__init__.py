@@ -10,7 +10,7 @@ from dbb.blocks import ACBlock, BranchBlock, ConvBlock, DiverseBranchBlock, RepV
 from dbb.fold import fold, rule
 from dbb.layers import BiasPad, Concat, IdentityBasedConv1x1, Parallel
 from dbb.steps import BranchStep, LeanStep, SampledStep, set_training_step
-from dbb.surgery import check_optimizer, reparameterize, replace_convs, survey_convs
+from dbb.surgery import check_optimizer, freeze_norms, reparameterize, replace_convs, survey_convs
 from dbb.verify import assert_equivalent, cost, randomize_norms_, report
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "cost",
     "direct_sum",
     "fold",
+    "freeze_norms",
     "randomize_norms_",
     "reparameterize",
     "replace_convs",

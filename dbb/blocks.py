@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbb.affine import Affine, Pair, Sides, pair, sides
-from dbb.fold import fold, fold_shape, precise, rule
+from dbb.fold import fold, fold_shape, is_norm, precise, rule
 from dbb.layers import BiasPad, IdentityBasedConv1x1, Parallel, WindowMean
 from dbb.steps import LeanStep
 
@@ -396,7 +396,7 @@ class ConvBlock(BranchBlock):
         """Set the scale of the last batch norm of every branch, or of those named; answers the block."""
         wanted = gamma if isinstance(gamma, Mapping) else dict.fromkeys(dict(self.branches.named_children()), gamma)
         for name, value in wanted.items():
-            norms = [m for m in self.branches[name].modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            norms = [m for m in self.branches[name].modules() if is_norm(m)]
             norms[-1].weight.fill_(value)
         return self
 

@@ -15,6 +15,8 @@ examples:
   dbb run 01 --update                    and keep the outputs in notebooks/
   dbb figures                            run all, redraw figures/ and its manifest
   dbb figures --update                   both, before a commit
+  dbb clean                              bring notebooks that you saved in JupyterLab to their committed form
+  dbb clean --check 01 path/to/a.ipynb   change nothing, only say which are not in it
   dbb train digits --block dbb           train a recipe, in seconds on a CPU; again: go on, or say what came of it
   dbb train cifar10_vgg16 --block dbb --device cuda --precision bfloat16 --set epochs=100
   dbb eval build/runs/digits-dbb-0/model.safetensors
@@ -38,7 +40,7 @@ SIZE = "height and width of the images (default the model's)"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 fine, 1 something failed, 2 a wrong call, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return options.action(options)
     except ValueError as error:
@@ -58,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, which the site shows, too."""
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser("dbb", description="Run the notebooks of the suite, train networks.", **layout)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -70,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     figures = commands.add_parser("figures", help="run notebooks, redraw figures/ and its manifest", **layout)
     _add_selection(figures)
     figures.set_defaults(action=_figures)
+    clean = commands.add_parser("clean", help="bring saved notebooks to their committed form", **layout)
+    clean.add_argument(
+        "names", nargs="*", metavar="NAME", help="number, part of the name, or file; all if none is given"
+    )
+    clean.add_argument("--check", action="store_true", help="change nothing; exit status 1 if one is not clean")
+    clean.set_defaults(action=_clean)
     train = commands.add_parser("train", help="train a recipe; the same call goes on after a stop", **layout)
     _add_training(train)
     train.set_defaults(action=_train)
@@ -308,6 +317,16 @@ def _figures(options: argparse.Namespace) -> int:
     changed = publish(ran, built, project.figures, everything=len(ran) == len(suite.discover(project)))
     _say(f"figures changed: {', '.join(changed) or 'none'}")
     return _conclude(project, outcomes, options.update)
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from dbb import suite
+
+    changed, stale = suite.clean(suite.find_project(Path.cwd()), options.names, options.check)
+    _say(f"{'not clean' if options.check else 'cleaned'}: {', '.join(changed) or 'none'}")
+    for name, reason in stale.items():
+        print(f"dbb: {name} has stale outputs: {reason}; dbb run {name} --update", file=sys.stderr)
+    return 1 if stale or (options.check and changed) else 0
 
 
 def _list(options: argparse.Namespace) -> int:

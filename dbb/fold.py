@@ -26,11 +26,15 @@ from dbb.affine import Affine, Sides, average, identity, pair, scaling, sides, z
 
 Rule = Callable[[nn.Module], Affine]
 AnyRule = TypeVar("AnyRule", bound=Rule)
-RULES: dict[type[nn.Module], Rule] = {}
+RULES: dict[type[nn.Module] | str, Rule] = {}
+FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"
 
 
-def rule(*layer_types: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
-    """Register the decorated function as the rule of these types, and of subclasses that keep their `forward`."""
+def rule(*layer_types: type[nn.Module] | str) -> Callable[[AnyRule], AnyRule]:
+    """Register the decorated function as the rule of these types, and of subclasses that keep their `forward`.
+
+    A type of a library that need not be installed is given by its name, "package.module.Class".
+    """
 
     def register(function: AnyRule) -> AnyRule:
         RULES.update(dict.fromkeys(layer_types, function))
@@ -73,6 +77,21 @@ def normalisation(mean: Tensor, var: Tensor, norm: nn.modules.batchnorm._BatchNo
     return scaling(scale, beta - scale * mean)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm: one of torch's, or the frozen one of torchvision's detectors."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(module)
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether it is torchvision's `FrozenBatchNorm2d`, a batch norm of buffers alone."""
+    return name_of(type(module)) == FROZEN_NORM
+
+
+def name_of(kind: type) -> str:
+    """A class as "package.module.Class"."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def precise(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU where the device has no float64."""
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
@@ -101,7 +120,7 @@ def conv_map(conv: nn.Conv2d, dtype: torch.dtype) -> Affine:
     return Affine(weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
-@rule(nn.BatchNorm2d, nn.SyncBatchNorm)
+@rule(nn.BatchNorm2d, nn.SyncBatchNorm, FROZEN_NORM)
 def _batch_norm(norm: nn.BatchNorm2d) -> Affine:
     if norm.running_mean is None:
         raise ValueError(
@@ -157,10 +176,11 @@ def _rule_of(module: nn.Module) -> Rule:
     """The rule of the nearest registered ancestor, if the module still computes what that ancestor does."""
     kind = type(module)
     for ancestor in kind.__mro__:
-        if ancestor in RULES:
+        found = RULES.get(ancestor) or RULES.get(name_of(ancestor))
+        if found:
             if kind.forward is not ancestor.forward or "forward" in vars(module):
                 raise ValueError(_not_kept(module, ancestor, "forward"))
-            return RULES[ancestor]
+            return found
     raise ValueError(
         f"{kind.__name__} has no rule: if it is linear in inference, register one with @dbb.rule({kind.__name__}); if "
         f"it is not, fold what lies on either side of it"

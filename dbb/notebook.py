@@ -12,10 +12,17 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def read(path: Path):
-    """Read the notebook at `path`, in the current format."""
+    """Read the notebook at `path`, in the current format; ValueError for what is not a whole notebook."""
     import nbformat
 
-    return nbformat.read(path, as_version=4)
+    content = Path(path).read_bytes()
+    try:
+        notebook = nbformat.reads(content.decode(), as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # nbformat has another one for each way in which a file can be something else
+        reason = str(error).strip().partition("\n")[0][:100]
+        raise ValueError(f"{path} is not a whole notebook ({reason}): save it again, or take it from git") from error
+    return notebook
 
 
 def dump(notebook) -> str:
@@ -34,6 +41,19 @@ def code_cells(notebook) -> list:
     """Return the code cells that hold code and were written by the author; cell 3 is the third of them."""
     cells = (cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
     return [cell for cell in cells if not tags(cell) & ADDED_BY_PAPERMILL]
+
+
+def staleness(notebook) -> str:
+    """Return why the outputs are not those of one run from top to bottom in a fresh kernel; nothing where they are."""
+    cells = code_cells(notebook)
+    if any(output.output_type == "error" for cell in cells for output in cell.outputs):
+        return "a cell failed"
+    counts = [cell.execution_count for cell in cells]
+    if missing := counts.count(None):
+        return f"{missing} of {len(cells)} code cells did not run"
+    if counts != list(range(1, len(cells) + 1)):
+        return "the cells did not run once each, from top to bottom, in a fresh kernel"
+    return ""
 
 
 def title(notebook) -> str:
@@ -76,8 +96,9 @@ def parse(code: str) -> ast.Module:
 def normalise(notebook, root: Path | None = None):
     """Return a copy fit for committing: the same on every machine and after every run, outputs and counts kept.
 
-    Goes: cells and metadata that papermill adds, timings, versions, warnings and progress bars, widgets, addresses of
-    objects, and the paths of this machine (`root`, the folder of the project, becomes a dot).
+    Goes: cells and metadata that papermill and JupyterLab add, timings, versions, warnings and progress bars, widgets,
+    addresses of objects, and the paths of this machine (`root`, the folder of the project, becomes a dot). Solutions
+    are folded away.
     """
     from nbformat import from_dict
 
@@ -107,7 +128,9 @@ def _is_check(node: ast.AST) -> bool:
 
 
 def _normal_cell(cell, count: int | None, root: Path | None) -> dict:
-    kept = {key: cell.metadata[key] for key in ("jupyter", "tags") if cell.metadata.get(key)}
+    kept = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    if "solution" in tags(cell) or cell.metadata.get("jupyter", {}).get("source_hidden"):
+        kept["jupyter"] = {"source_hidden": True}  # a solution is folded away, also after somebody has looked at it
     normal = {"cell_type": cell.cell_type, "id": cell.id, "metadata": kept, "source": cell.source}
     if cell.get("attachments"):
         normal["attachments"] = cell.attachments

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dbb.blocks import BranchBlock
+from dbb.fold import is_norm
 
 OUTPUT = "the output"
 
@@ -81,7 +81,7 @@ class _Tracer(fx.Tracer):
         self.boxes = boxes
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        leaf = isinstance(module, (nn.Conv2d, _BatchNorm, BranchBlock)) or id(module) in self.boxes
+        leaf = isinstance(module, (nn.Conv2d, BranchBlock)) or is_norm(module) or id(module) in self.boxes
         return leaf or super().is_leaf_module(module, name)
 
 
@@ -143,14 +143,14 @@ class _Following:
             module = _called(root, node)
             if isinstance(module, nn.Conv2d):
                 self.read_by[id(module)] |= {self._word(root, reader) for reader in _readers(root, node)} or {"nothing"}
-            if isinstance(module, _BatchNorm):
+            if is_norm(module):
                 source = _source(root, node.all_input_nodes[0])
                 self.reads[id(module)].add(self._word(root, source))
 
     def _word(self, root: nn.Module, node: fx.Node) -> int | str:
         """The id of a convolution or batch norm; a word for anything else."""
         module = _called(root, node)
-        if isinstance(module, (nn.Conv2d, _BatchNorm)):
+        if isinstance(module, nn.Conv2d) or is_norm(module):
             return id(module)
         if module is not None:
             return type(module).__name__
@@ -163,7 +163,7 @@ class _Following:
         found = self.read_by.get(id(conv), set())
         if not found:
             return Readers(reason=self._why_unseen(conv))
-        norms = {one for one in found if isinstance(self.modules.get(one), _BatchNorm)}
+        norms = {one for one in found if one in self.modules and is_norm(self.modules[one])}
         if not norms:
             return Readers(reason=f"no batch norm reads it, but {self._spoken(found)}")
         if found != norms or len(norms) > 1:

@@ -28,7 +28,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from dbb.affine import Affine, Axis, Pair, Sides, identity, plain_strides, sides, zero_pad
-from dbb.fold import conv_map, fold, normalisation
+from dbb.fold import conv_map, fold, is_norm, normalisation
 from dbb.layers import BiasPad, IdentityBasedConv1x1, Parallel, WindowMean, answer_to_zero
 
 GRIDS = 8  # that a sample has: more see more, and cost more small operations
@@ -110,9 +110,10 @@ class LeanStep:
     - So the norm behind a 1x1 is part of its kernel before that runs. A KxK behind it is one kernel on the input
       (transform III, within the training step), or reads an answer that is not kept.
     - An average runs before its 1x1, with which it commutes, and is not kept.
+    - With frozen norms (see `dbb.freeze_norms`) the whole block is linear: it is folded, and runs as one kernel.
 
-    What has another shape runs as it is defined: branches of your own, frozen norms, SyncBatchNorm. So does a block
-    with hooks on its layers, as not every layer runs here.
+    What has another shape runs as it is defined: branches of your own, SyncBatchNorm. So does a block with hooks on its
+    layers, as not every layer runs here.
 
     always: whether also where that saves memory only, and costs time: in blocks without sequences (ACB, RepVGG), and
     where there are few pixels
@@ -124,6 +125,8 @@ class LeanStep:
         """Run the branches: "n i h w" -> "n o h' w'"."""
         if not isinstance(branches, Parallel) or _is_watched(branches):
             return branches(x)
+        if _is_frozen(branches) and (self.always or _has_many_pixels(x)):
+            return _as_one_kernel(branches, x)
         if not self.always and not _moments_pay(branches, x):
             return branches(x)
         total = _Total()
@@ -184,7 +187,38 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
 
 def _moments_pay(branches: nn.Module, x: Tensor) -> bool:
     """Whether there are sequences to shorten, and pixels enough for their moments to cost less than their answers."""
-    return any(isinstance(m, BiasPad) for m in branches.modules()) and x.numel() >= 2 * x.shape[1] ** 2
+    return any(isinstance(m, BiasPad) for m in branches.modules()) and _has_many_pixels(x)
+
+
+def _has_many_pixels(x: Tensor) -> bool:
+    return x.numel() >= 2 * x.shape[1] ** 2
+
+
+def _is_frozen(branches: nn.Module) -> bool:
+    """Whether nothing in the branches looks at the batch, and the border's value has no gradient: they are linear."""
+    leaves = [m for m in branches.modules() if not isinstance(m, (Parallel, BiasPad)) and type(m) is not nn.Sequential]
+    return all(map(_is_linear, leaves))
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    if is_norm(layer):
+        live = isinstance(layer, Norm) and (layer.training or layer.running_mean is None)
+        return not live and not any(p.requires_grad for p in layer.parameters())
+    if type(layer) is nn.Conv2d:
+        return layer.bias is None and layer.padding_mode == "zeros"
+    return type(layer) in (IdentityBasedConv1x1, WindowMean, nn.AvgPool2d, nn.ZeroPad2d, nn.Identity)
+
+
+def _as_one_kernel(branches: nn.Module, x: Tensor) -> Tensor:
+    """The answer of branches that are linear, by the kernel that they fold to; its gradient goes through the fold."""
+    x = _as_computed(x)
+    with _full_precision(x):
+        folded = fold_in_training(branches, None, _no_statistics, torch.promote_types(x.dtype, torch.float32))
+    return _apply(folded, x)
+
+
+def _no_statistics(a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
+    raise AssertionError(f"{norm} was taken for frozen and asks for the statistics of a batch")
 
 
 def _is_watched(branches: nn.Module) -> bool:
@@ -376,7 +410,8 @@ class SampledStep:
 
     With all pixels in the sample it is the training step of `border="batch"`; whatever `border` the block has, its
     padding takes the statistics of this step. In data-parallel training each process draws from its own batch.
-    Raises ValueError for SyncBatchNorm, which would need the samples of all processes.
+    Raises ValueError for SyncBatchNorm, which would need the samples of all processes, and for a norm with a forward of
+    its own, where it would stand in front of a fold; frozen norms are no matter.
     """
 
     pixels: int = 8192
@@ -436,11 +471,7 @@ class _Sample:
 
     def statistics(self, a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
         """Mean and variance of what a map answers in the sample; the norm takes them into its running ones."""
-        if isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized():
-            raise ValueError(
-                "SampledStep knows the statistics of one process, SyncBatchNorm uses those of all: choose LeanStep() "
-                "or BranchStep(), or leave the norms unsynchronised"
-            )
+        _check_its_own(norm)
         windows, again = self._windows_of(a)
         with _not_kept(windows, again):
             answers = _answers(a, windows)
@@ -458,6 +489,20 @@ class _Sample:
             gather = partial(_gather, self.x, a.axes, _draw_grids(len(self.x), outputs, steps), self.dtype)
             self.windows[key] = gather(), _once(gather)
         return self.windows[key]
+
+
+def _check_its_own(norm: Norm) -> None:
+    """Refuse a norm that is not, or may not be, one over the batch of this process alone."""
+    if isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+        raise ValueError(
+            "SampledStep knows the statistics of one process, SyncBatchNorm uses those of all: choose LeanStep() "
+            "or BranchStep(), or leave the norms unsynchronised"
+        )
+    if type(norm).forward not in (Norm.forward, nn.SyncBatchNorm.forward):
+        raise ValueError(
+            f"{type(norm).__name__} is a batch norm with a forward of its own, which SampledStep would not run: choose "
+            f"LeanStep() or BranchStep(), which do, or use nn.BatchNorm2d"
+        )
 
 
 def _gather(x: Tensor, axes: tuple[Axis, Axis], grids: Grids, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ from dbb import notebook as nb
 from dbb.figures import Figure, drawn, write_atomically
 from dbb.notebook import normalise
 
-__all__ = ["PROFILES", "Failure", "Outcome", "Project", "discover", "normalise", "run", "select", "update"]
+__all__ = ["PROFILES", "Failure", "Outcome", "Project", "clean", "discover", "normalise", "run", "select", "update"]
 
 PROFILES = {"quick": 600, "gpu": 6 * 3600, "paper": None}  # how many seconds one cell may take
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # the colours of a traceback
@@ -181,6 +181,25 @@ def update(project: Project, outcomes: Sequence[Outcome]) -> list[str]:
     return changed
 
 
+def clean(project: Project, names: Sequence[str] = (), check: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Bring notebooks that were saved by JupyterLab, or another editor, to the form in which they are committed.
+
+    `names` are numbers, parts of names, or paths of files; all of the project's where there are none. Returns the names
+    of those that changed (with `check` nothing is written: that would change) and, for those whose outputs are stale,
+    the reason. A stale one is left as it is, or its cell counts, put in order, would hide that. Raises ValueError, and
+    changes nothing, if one of them is not a notebook.
+    """
+    paths = [path for name in names or [""] for path in _files(project, name)]
+    books = {path: nb.read(path) for path in dict.fromkeys(paths)}
+    stale = {path: reason for path, book in books.items() if (reason := nb.staleness(book))}
+    texts = {path: nb.dump(normalise(book, project.root)) for path, book in books.items() if path not in stale}
+    changed = {path: text for path, text in texts.items() if path.read_text(encoding="utf-8") != text}
+    for path, text in changed.items():
+        if not check:
+            write_atomically(path, text.encode())
+    return [path.stem for path in changed], {path.stem: reason for path, reason in stale.items()}
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -214,6 +233,11 @@ def _matches(notebooks: Sequence[Path], name: str) -> list[Path]:
     if not found or not stem:
         raise ValueError(f"no notebook {name!r}; there are {', '.join(path.stem for path in notebooks)}")
     return found
+
+
+def _files(project: Project, name: str) -> list[Path]:
+    """Return the file that `name` is the path of, else the notebooks that it means; all for an empty one."""
+    return [Path(name)] if Path(name).is_file() else select(discover(project), [name] if name else [])
 
 
 def _parse_setting(setting: str) -> tuple[str, object]:

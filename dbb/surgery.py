@@ -18,11 +18,10 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from dbb.blocks import Block, BranchBlock, ConvBlock, DiverseBranchBlock, block_type, takes_block
-from dbb.fold import fold
+from dbb.fold import fold, is_frozen_norm, is_norm
 from dbb.pairs import Readers, find_pairs, skeleton
 
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -154,6 +153,9 @@ def replace_convs(
     `requires_grad` are kept; a layer used in several places stays one layer. Where the norm was there stands an
     `Absorbed`, so that names do not move. Build the optimizer afterwards: a warning names one that was built before.
 
+    For torchvision's `FrozenBatchNorm2d` all norms of the block are frozen ones; `preserve` then silences the other
+    branches by their last kernel, as a scale that is frozen at zero would never learn to speak.
+
     Raises ValueError where no convolution is chosen, for a wrapped model, and for names that do not exist.
     """
     kind, options = _kind(block, options)
@@ -187,18 +189,21 @@ class Origin:
     """What a block stands for: the layers that it took the place of, without their weights, and the norm's place."""
 
     conv: nn.Conv2d
-    norm: _BatchNorm | None
+    norm: nn.Module | None
     place: Absorbed | None
 
 
 @torch.no_grad()
 def _block_for(
-    conv: nn.Conv2d, norm: _BatchNorm | None, kind: type[ConvBlock], preserve: bool, options: dict
+    conv: nn.Conv2d, norm: nn.Module | None, kind: type[ConvBlock], preserve: bool, options: dict
 ) -> dict[int, nn.Module]:
     """The block for a pair, and what stands in the norm's place, by the id of what they replace."""
-    block = kind.from_conv(conv, norm, **options)
+    frozen = norm is not None and is_frozen_norm(norm)
+    block = kind.from_conv(conv, _thawed(norm) if frozen else norm, **options)
     if preserve:
-        _silence_others(block)
+        _silence_others(block, by_kernel=frozen)
+    if frozen:
+        _freeze(block, type(norm))
     if isinstance(norm, nn.SyncBatchNorm):
         block = nn.SyncBatchNorm.convert_sync_batchnorm(block, norm.process_group)
     if _channels_last(conv.weight):
@@ -221,7 +226,25 @@ def _kind(block: Block, options: dict) -> tuple[Callable[..., nn.Module], dict]:
     return (kind.func, kind.keywords | options) if isinstance(kind, partial) else (kind, options)
 
 
-def _silence_others(block: ConvBlock) -> None:
+def _thawed(frozen: nn.Module) -> nn.BatchNorm2d:
+    """The batch norm that computes, in eval mode, what torchvision's frozen one does."""
+    like = {"device": frozen.weight.device, "dtype": frozen.weight.dtype}
+    norm = nn.BatchNorm2d(len(frozen.weight), frozen.eps, **like)
+    norm.load_state_dict(frozen.state_dict(), strict=False)  # but for the count of batches, which nobody reads
+    return norm
+
+
+def _freeze(block: ConvBlock, kind: Callable[..., nn.Module]) -> None:
+    """Exchange all batch norms of a block for frozen ones of torchvision's kind."""
+    new = {}
+    for norm in (m for m in block.modules() if type(m) is nn.BatchNorm2d):
+        frozen = kind(norm.num_features, norm.eps).to(norm.running_mean)
+        frozen.load_state_dict(norm.state_dict())
+        new[id(norm)] = frozen
+    _swap(block, new)
+
+
+def _silence_others(block: ConvBlock, by_kernel: bool) -> None:
     """Leave only the "kxk" branch to be heard. Raises ValueError where the block cannot start so."""
     branches = dict(block.branches.named_children()) if block.branches is not None else {}
     if "kxk" not in branches:
@@ -229,7 +252,12 @@ def _silence_others(block: ConvBlock) -> None:
             f'preserve=True keeps the trained weights in the branch "kxk", which {type(block).__name__} does not have '
             f"here ({', '.join(branches) or 'it is folded'}): add it to branches, or leave preserve out"
         )
-    block.init_gamma({name: 0.0 for name in branches if name != "kxk"})
+    for name, branch in branches.items():
+        kernels = [m.weight for m in branch.modules() if isinstance(m, nn.Conv2d)]
+        if name != "kxk" and by_kernel and kernels:
+            kernels[-1].zero_()
+        elif name != "kxk":
+            block.init_gamma({name: 0.0})
     for name, branch in branches.items():
         if name != "kxk" and any(t is not None and t.any() for t in (fold(branch).weight, fold(branch).bias)):
             raise ValueError(
@@ -273,16 +301,18 @@ def _no_plain_conv(conv: nn.Conv2d, owners: Mapping[int, int]) -> str:
     return "it shares a parameter with another layer" if _shares(conv, owners) else ""
 
 
-def _no_plain_norm(conv: nn.Conv2d, norm: _BatchNorm | None, owners: Mapping[int, int]) -> str:
+def _no_plain_norm(conv: nn.Conv2d, norm: nn.Module | None, owners: Mapping[int, int]) -> str:
     if norm is None:
         return ""
     kind = type(norm).__name__
-    if type(norm) not in PLAIN_NORMS and kind not in NORMS_WITH_MORE:
+    if type(norm) not in PLAIN_NORMS and kind not in NORMS_WITH_MORE and not is_frozen_norm(norm):
         return f"its norm is a {kind}, whose forward may differ from a batch norm's"
     if norm.running_mean is None:
         return f"its {kind} keeps no running statistics, so it has no fixed kernel to fold into"
-    if norm.num_features != conv.out_channels or norm.running_mean.dtype != conv.weight.dtype:
-        return f"its {kind} is of {norm.num_features} channels in {norm.running_mean.dtype}, unlike the convolution"
+    if len(norm.running_mean) != conv.out_channels or norm.running_mean.dtype != conv.weight.dtype:
+        return (
+            f"its {kind} is of {len(norm.running_mean)} channels in {norm.running_mean.dtype}, unlike the convolution"
+        )
     return f"its {kind} shares a parameter with another layer" if _shares(norm, owners) else ""
 
 
@@ -314,8 +344,8 @@ def _with_pairs_by_hand(model: nn.Module, found: dict[str, Readers], pairs: Pair
     for conv, norm in pairs.items():
         if conv not in found:
             raise ValueError(f"pairs names {conv!r}, which is no nn.Conv2d of the model: it has {_some(found)}")
-        if norm is not None and not isinstance(layers.get(norm), _BatchNorm):
-            norms = [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
+        if norm is not None and not (norm in layers and is_norm(layers[norm])):
+            norms = [name for name, layer in layers.items() if is_norm(layer)]
             raise ValueError(f"pairs names {norm!r}, which is no batch norm of the model: it has {_some(norms)}")
     readers = found | {conv: Readers(norm) for conv, norm in pairs.items()}
     norms = [reader.norm for reader in readers.values() if reader.norm is not None]
@@ -417,10 +447,11 @@ def _restored(block: ConvBlock) -> list[tuple[nn.Module, nn.Module]]:
         norm = _like_new(origin.norm, folded)
         for child, layer in origin.place.named_children():
             setattr(norm, child, copy.deepcopy(layer))
-        norm.num_batches_tracked.zero_()
+        if not is_frozen_norm(norm):
+            norm.num_batches_tracked.zero_()
         norm.running_mean.zero_()
         norm.running_var.fill_(1 - norm.eps)  # so that its root is one
-        if norm.affine:
+        if norm.weight is not None:
             norm.weight.fill_(1.0)
             norm.bias.copy_(folded.bias)
         else:
@@ -433,6 +464,28 @@ def _restored(block: ConvBlock) -> list[tuple[nn.Module, nn.Module]]:
         if layer is not None:
             layer.train(block.training).requires_grad_(folded.weight.requires_grad)
     return [(block, conv)] if norm is None else [(block, conv), (origin.place, norm)]
+
+
+# Norms that are frozen
+
+
+def freeze_norms(model: nn.Module) -> nn.Module:
+    """Put every batch norm of the model, in blocks and elsewhere, into eval mode, without gradients; answers the model.
+
+    As detectors are finetuned: their batches are too small for statistics. `model.train()` wakes the statistics again,
+    so call this after it, each time. With frozen norms a block is linear in training, too: its step is that of one
+    convolution with the equivalent kernel (see `dbb.LeanStep`).
+
+    Raises ValueError for a norm without running statistics, which uses those of the batch in any mode.
+    """
+    for name, norm in [(name, m) for name, m in model.named_modules() if is_norm(m)]:
+        if norm.running_mean is None:
+            raise ValueError(
+                f"{name} keeps no running statistics, so there is nothing to freeze it with: build it with "
+                f"track_running_stats=True"
+            )
+        norm.eval().requires_grad_(False)
+    return model
 
 
 # Optimizers that were built too early

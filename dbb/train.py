@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ RESUME, METRICS, MODEL, RECORD = "resume.pt", "metrics.jsonl", "model.safetensor
 TEST_BATCH = 256  # a process
 STEPS_BETWEEN_TALKS = 10  # of processes that train together
 FORMS_AGREE = 1e-3  # in accuracy: rounding may tip an image that stands between two classes
+LONG = 60  # seconds after which a run shows a bar also where no terminal is, and each bar leaves a trace
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -175,6 +177,7 @@ class Trainer:
         with sigterm() as asked_to_stop, self._explained():
             while self.state.epoch < self.recipe.epochs:
                 self._train_epoch(asked_to_stop)
+        self.trained = self.model  # as long as its reducer lives, the process group does, see `_processes`
         return self.best_model.eval()
 
     @contextmanager
@@ -360,8 +363,9 @@ def launch(
         train_images, test_images = load(recipe.data, root, recipe.streamed)
         trainer = Trainer(recipe, train_images, test_images, folder, hardware)
         done, steps = trainer.state.epoch * len(trainer.batches) + trainer.state.step, len(trainer.batches)
-        title = f"{recipe.name} {recipe.block}"
-        with tqdm(desc=title, total=recipe.epochs * steps, initial=done, disable=not first, leave=False) as bar:
+        about = {"desc": f"{recipe.name} {recipe.block}", "total": recipe.epochs * steps, "initial": done}
+        delay = 0 if sys.stderr.isatty() else LONG
+        with tqdm(**about, disable=not first, leave=False, delay=delay) as bar:
             board = _board(folder) if tensorboard and first else None
             trainer.say, trainer.tick = partial(_say, trainer, bar, board), bar.update
             model = trainer.run()
@@ -434,7 +438,7 @@ def _board(folder: Path):
 def _say(trainer: Trainer, bar, board, line: dict) -> None:
     """Show the last epoch in the progress bar, and keep all of them in a file, one JSON line each."""
     tested = {} if line["test_accuracy"] is None else {"accuracy": f"{line['test_accuracy']:.2%}"}
-    bar.set_postfix(loss=f"{line['train_loss']:.3f}", **tested)
+    bar.set_postfix(loss=f"{line['train_loss']:.3f}", **tested, refresh=False)  # shown with the next step
     lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.state.history)
     write_atomically(trainer.folder / METRICS, lines.encode())
     if board:
@@ -461,10 +465,15 @@ def _keep(trainer: Trainer, model: nn.Module, folded_accuracy: float, results: P
 
 @contextmanager
 def _processes(hardware: Hardware) -> Iterator[tuple[Hardware, bool]]:
-    """The processes that torchrun started, joined; the hardware of this one, and whether it is the first."""
+    """The processes that torchrun started, joined; the hardware of this one, and whether it is the first.
+
+    The group ends where it is destroyed if nothing holds it any more. Its threads must not outlive that: one that lags
+    behind, and gives its tensors back while Python ends, aborts the process.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         yield hardware, True
         return
+    from torch.distributed.nn import functional  # noqa: F401 - later its defaults would be the group, and hold it
     gpu = hardware.device.startswith("cuda")
     if gpu:
         hardware = replace(hardware, device=f"cuda:{os.environ['LOCAL_RANK']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbb.blocks import BranchBlock
+from dbb.fold import is_norm
 from dbb.surgery import reparameterize
 
 # Largest error that rounding explains, relative to the largest output: float64 judges, the others are a budget.
@@ -96,7 +98,7 @@ def randomize_norms_(model: nn.Module, generator: torch.Generator | None = None)
     A fresh norm hides errors of a fold: with mean 0, variance 1, scale 1 and shift 0 it is nearly the identity, and
     its border is zero. Answers the model.
     """
-    for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+    for norm in filter(is_norm, model.modules()):
         for tensor, low, high in (
             (norm.running_mean, -0.5, 0.5),
             (norm.running_var, 0.5, 2.0),
@@ -252,15 +254,27 @@ def _largest(x: Tensor) -> float:
 
 
 def _form_cost(model: nn.Module, x: Tensor, min_seconds: float) -> FormCost:
-    from torch.utils.benchmark import Timer  # slow to import, and looks for compilers while it does
-
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             model(x)
-        timer = Timer("model(x)", globals={"model": model, "x": x}, num_threads=torch.get_num_threads())
+        timer = _timer()("model(x)", globals={"model": model, "x": x}, num_threads=torch.get_num_threads())
         seconds = timer.blocked_autorange(min_run_time=min_seconds).median
     parameters = sum(p.numel() for p in model.parameters())
     return FormCost(parameters, counter.get_total_flops() // 2, _saved_bytes(model, x), seconds)
+
+
+def _timer() -> type:
+    """Return torch's `Timer`, imported late: that is slow, and looks for compilers, which nobody needs here.
+
+    Where it finds those of CUDA and no GPU it would complain, in the middle of a table.
+    """
+    search = logging.getLogger("torch.utils.cpp_extension")
+    before, search.disabled = search.disabled, True
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        search.disabled = before
+    return Timer
 
 
 def _saved_bytes(model: nn.Module, x: Tensor) -> int:

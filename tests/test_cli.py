@@ -22,7 +22,7 @@ from dbb.recipes import recipe
 from tests.broken import ROOT
 from tests.test_checkpoint import drawn
 
-COMMANDS = ("convert", "verify", "export", "inspect", "eval")
+COMMANDS = ("clean", "convert", "verify", "export", "inspect", "eval")
 
 
 @pytest.fixture

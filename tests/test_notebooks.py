@@ -299,6 +299,17 @@ def test_nbval_runs_a_notebook_itself(tmp_path, ledger, offline):
     assert cells == len(code_cells(QUICKEST))
 
 
+@pytest.mark.parametrize("place", ["the root", "elsewhere"])
+def test_it_runs_from_another_folder(place, tmp_path, offline):
+    """As `papermill notebooks/NN_name.ipynb OUT` does, whose working directory is the caller's."""
+    folder = ROOT if place == "the root" else tmp_path
+    command = [sys.executable, "-m", "papermill", str(QUICKEST), str(tmp_path / "out.ipynb"), "--no-progress-bar"]
+    own = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_PLATFORM_DIRS": "1"}
+    done = subprocess.run(command, cwd=folder, env=os.environ | offline | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert nb.staleness(read(tmp_path / "out.ipynb")) == ""
+
+
 @each_notebook
 def test_nothing_passes_nbval_unseen(path):
     marked = tagged(path, CHECKED)

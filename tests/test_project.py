@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.browser import NAMES
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -71,6 +75,70 @@ def test_ci_runs_make_test():
     assert os.access(script, os.X_OK) and "set -euo pipefail" in (text := script.read_text())
     assert text.strip().endswith("make test")
     assert "run: make test" in (ROOT / ".github/workflows/test.yml").read_text()
+
+
+def run_ci(folder: Path, *programs: str, **env: str) -> str:
+    """What `.ci/run` does where only `programs` are installed (and root is who calls it): a line for each program."""
+    for name in ("apt-get", "make", "id", *programs):
+        answer = {"id": "echo 0", "apt-get": 'echo "apt-get $*" >> "$LOG"'}.get(
+            name, f'echo "{name} $* CI=$CI" >> "$LOG"'
+        )
+        (folder / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (folder / name).chmod(0o755)
+    (folder / "dirname").symlink_to(shutil.which("dirname"))
+    log = folder / "log"
+    own = {"PATH": str(folder), "LOG": str(log)} | env
+    subprocess.run([shutil.which("bash"), ROOT / ".ci/run"], env=own, check=True, capture_output=True)
+    return log.read_text()
+
+
+def test_ci_gets_a_browser_where_there_is_none(tmp_path):
+    done = run_ci(tmp_path).splitlines()
+    assert [line.split()[1] for line in done[:-1]] == ["update", "install"] and "chromium" in done[1]
+    assert done[-1] == "make test CI=true"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mine"])
+def test_ci_takes_the_browser_that_is_there(tmp_path, name):
+    env = {"DBB_CHROMIUM": str(tmp_path / "mine")} if name == "mine" else {}
+    assert run_ci(tmp_path, name, **env).splitlines() == ["make test CI=true"]
+
+
+def test_every_target_is_in_the_help():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == sorted(targets)
+
+
+def test_the_hooks_of_pre_commit_run(tmp_path):
+    """Each on a clean notebook, as pre-commit would call it: from the root, with the file behind its words."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local" and len(repository["hooks"]) == 3
+    (tmp_path / "02.ipynb").write_bytes((ROOT / "notebooks/02_branch_addition.ipynb").read_bytes())
+    for hook in repository["hooks"]:
+        program, *words = hook["entry"].split()
+        assert program.startswith(".venv/bin/") and hook["language"] == "system"
+        command = [str(Path(sys.executable).with_name(Path(program).name)), *words, str(tmp_path / "02.ipynb")]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0, hook["id"]
+    assert (tmp_path / "02.ipynb").read_bytes() == (ROOT / "notebooks/02_branch_addition.ipynb").read_bytes()
+
+
+def test_make_lab_offers_the_kernel_of_this_environment(tmp_path):
+    """Also to who has another kernel of the same name, in the usual folder or in JUPYTER_PATH."""
+    spec = {"argv": ["false"], "display_name": "wrong", "language": "python"}
+    for folder in ("data/kernels/python3", "path/kernels/python3"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "kernel.json").write_text(json.dumps(spec))
+    command = ["make", "--dry-run", "lab", f"VENV={os.path.relpath(sys.prefix, ROOT)}"]
+    recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert recipe.endswith("jupyter lab notebooks")
+    asked = recipe.replace("jupyter lab notebooks", "jupyter kernelspec list --json")
+    env = {"JUPYTER_DATA_DIR": tmp_path / "data", "JUPYTER_PATH": tmp_path / "path", "JUPYTER_PREFER_ENV_PATH": "0"}
+    env = os.environ | {name: str(value) for name, value in env.items()}
+    done = subprocess.run(["sh", "-c", asked], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    kernel = json.loads(done.stdout)["kernelspecs"]["python3"]
+    assert Path(kernel["resource_dir"]).resolve().is_relative_to(Path(sys.prefix).resolve())
+    assert kernel["spec"]["argv"][0] in ("python", sys.executable)  # "python" stands for the Python of the server
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)

@@ -38,6 +38,6 @@ def test_every_notebook_is_in_the_table():
 
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
-    assert targets >= {"reproduce", "test", "lab"}
+    targets = set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
+    assert targets >= {"reproduce", "test", "lab", "clean-notebooks"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)

@@ -251,6 +251,38 @@ def test_synchronised_norms_run_as_they_are_defined():
     assert len(ran) == sum(isinstance(m, nn.SyncBatchNorm) for m in block.modules()) == 6
 
 
+class HalfNorm(nn.BatchNorm2d):
+    """A norm that a user has changed, as those do that synchronise in a way of their own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def test_norms_with_a_forward_of_their_own_run_it_or_are_refused():
+    block, x = build("merged", dbb.ACBlock, dtype=torch.float64)
+    for parent in list(block.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, HalfNorm(norm.num_features, dtype=torch.float64))
+    assert_same_step(block, LeanStep(always=True), x.double())
+    with pytest.raises(ValueError, match=r"HalfNorm is a batch norm with a forward of its own.* choose LeanStep\(\)"):
+        set_training_step(block, ALL).train()(x.double())
+
+
+def test_sampled_has_no_quarrel_with_synchronised_norms_that_are_frozen_or_alone(monkeypatch):
+    block, x = build("merged", dtype=torch.float64)
+    wanted = copy.deepcopy(block).eval()(x.double())
+    block = set_training_step(nn.SyncBatchNorm.convert_sync_batchnorm(block).train(), ALL)
+    plain = set_training_step(build("merged", dtype=torch.float64, border="batch")[0].train(), BranchStep())
+    assert torch.allclose(copy.deepcopy(block)(x.double()), plain(x.double()), rtol=0, atol=1e-10)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="SyncBatchNorm uses those of all: choose LeanStep"):
+        copy.deepcopy(block)(x.double())
+    for norm in (m for m in block.modules() if isinstance(m, nn.SyncBatchNorm)):
+        norm.eval()
+    assert torch.allclose(block(x.double()), wanted, rtol=0, atol=1e-10)
+
+
 def test_a_branch_that_answers_its_input_leaves_it_alone():
     norm = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
     block = dbb.BranchBlock({"input": nn.Identity(), "kxk": norm}).double().train()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from nbformat.v4 import new_notebook
+from nbformat.v4 import new_notebook, new_output
 
 from dbb import cli, pages, suite
 from dbb import notebook as nb
@@ -409,3 +409,135 @@ def test_help_teaches_by_example(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["run", "--help"])
     assert "dbb run verify --set seed=3" in capsys.readouterr().out
+
+
+# Brought to the committed form after JupyterLab has saved them.
+
+
+def committed(root: Path, name: str = "00_saved"):
+    """A notebook as it is committed, in a project of its own, and its path."""
+    write(root, name, "print('one')\nprint('two')", "1 + 1", "# A solution.")
+    path = root / "notebooks" / f"{name}.ipynb"
+    book = nb.read(path)
+    book.cells[-1].metadata.tags = ["solution"]
+    for count, cell in enumerate(nb.code_cells(book), start=1):
+        cell.execution_count = count
+    result = new_output("execute_result", {"text/plain": "2"}, execution_count=3)
+    book.cells[2].outputs, book.cells[3].outputs = [new_output("stream", name="stdout", text="one\ntwo\n")], [result]
+    book = nb.normalise(book, root)
+    path.write_text(nb.dump(book))
+    return book, path
+
+
+VIEW = {"application/vnd.jupyter.widget-view+json": {"model_id": "a", "version_major": 2, "version_minor": 0}}
+BY_JUPYTERLAB = {  # what it, its extensions or a kernel write beside the source and the outputs
+    "kernel": lambda book: book.metadata.kernelspec.update(display_name="Python 3 (ipykernel)", env={}),
+    "language": lambda book: book.metadata.language_info.update(version="3.12.1", codemirror_mode={"name": "ipython"}),
+    "contents": lambda book: book.metadata.update(toc={"base_numbering": 1}, **{"toc-autonumbering": True}),
+    "widgets": lambda book: book.metadata.update(widgets={"application/vnd.jupyter.widget-state+json": {"state": {}}}),
+    "debugger": lambda book: book.metadata.update(vscode={"interpreter": {"hash": "0"}}, orig_nbformat=4),
+    "collapsed": lambda book: book.cells[2].metadata.update(collapsed=True, scrolled=True),
+    "trusted": lambda book: book.cells[2].metadata.update(trusted=True, editable=True, deletable=False),
+    "times": lambda book: book.cells[2].metadata.update(execution={"iopub.status.idle": "2030-01-01T00:00:00Z"}),
+    "hidden output": lambda book: book.cells[2].metadata.update(jupyter={"outputs_hidden": True}),
+    "opened solution": lambda book: book.cells[-1].metadata.update(jupyter={"source_hidden": False}),
+    "slide": lambda book: book.cells[0].metadata.update(slideshow={"slide_type": "slide"}),
+    "split stream": lambda book: book.cells[2].update(
+        outputs=[new_output("stream", name="stdout", text=text) for text in ("one\n", "t", "wo\n")]
+    ),
+    "warning": lambda book: book.cells[2].outputs.append(new_output("stream", name="stderr", text="careful\n")),
+    "bar": lambda book: book.cells[2].outputs.append(new_output("stream", name="stdout", text="\r 10%\r100%")),
+    "widget": lambda book: book.cells[2].outputs.append(new_output("display_data", VIEW)),
+}
+
+
+@pytest.mark.parametrize("way", BY_JUPYTERLAB)
+def test_clean_puts_right_what_jupyterlab_saves(tmp_path, way):
+    book, path = committed(tmp_path)
+    before = path.read_bytes()
+    BY_JUPYTERLAB[way](book)
+    path.write_text(json.dumps(book))  # laid out by another program, too
+    assert path.read_bytes() != before and path.read_text() != before.decode()
+    assert suite.clean(suite.Project(tmp_path)) == (["00_saved"], {})
+    assert path.read_bytes() == before
+    assert suite.clean(suite.Project(tmp_path)) == ([], {})
+
+
+def test_clean_keeps_what_the_author_wrote(tmp_path):
+    book, path = committed(tmp_path)
+    book.cells[2].source += "\nprint('three')"
+    book.cells[2].metadata.tags = ["nbval-check-output"]
+    book.cells[3].outputs[0].data["text/plain"] = "3"
+    path.write_text(nb.dump(book))
+    assert suite.clean(suite.Project(tmp_path)) == ([], {})
+    assert nb.read(path) == book
+
+
+def test_check_changes_nothing(tmp_path, monkeypatch, capsys):
+    book, path = committed(tmp_path)
+    committed(tmp_path, "01_good")
+    BY_JUPYTERLAB["kernel"](book)
+    path.write_text(saved := nb.dump(book))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["clean", "--check"]) == 1
+    assert capsys.readouterr().out == "not clean: 00_saved\n" and path.read_text() == saved
+    assert cli.main(["clean"]) == 0 and capsys.readouterr().out == "cleaned: 00_saved\n"
+    assert cli.main(["clean", "--check"]) == 0 and capsys.readouterr().out == "not clean: none\n"
+
+
+def failed(book) -> None:
+    book.cells[-1].outputs = [new_output("error", ename="ValueError", evalue="no", traceback=[])]
+
+
+STALE = {
+    "4 of 4 code cells did not run": lambda book: [cell.update(execution_count=None) for cell in nb.code_cells(book)],
+    "1 of 4 code cells did not run": lambda book: book.cells[2].update(execution_count=None),
+    "did not run once each": lambda book: [book.cells[n].update(execution_count=c) for n, c in ((2, 3), (3, 2))],
+    "did not run once each, from top": lambda book: book.cells[-1].update(execution_count=7),
+    "a cell failed": failed,
+}
+
+
+@pytest.mark.parametrize("reason", STALE)
+@pytest.mark.parametrize("check", [False, True], ids=["clean", "check"])
+def test_stale_outputs_are_reported_and_not_hidden(tmp_path, monkeypatch, capsys, reason, check):
+    book, path = committed(tmp_path)
+    STALE[reason](book)
+    book.metadata.kernelspec.display_name = "another"
+    path.write_text(saved := nb.dump(book))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time, too
+        assert cli.main(["clean", *(["--check"] if check else [])]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("dbb: 00_saved has stale outputs: ") and said.endswith("; dbb run 00_saved --update\n")
+        assert reason in said
+    assert path.read_text() == saved
+
+
+@pytest.mark.parametrize("text", ["# words", '{"cells": [', "[]", '{"a": 1}', '{"cells": [{}], "nbformat": 4}'])
+def test_what_is_not_a_notebook_is_named_and_nothing_is_changed(tmp_path, monkeypatch, capsys, text):
+    book, path = committed(tmp_path)
+    BY_JUPYTERLAB["kernel"](book)
+    path.write_text(saved := nb.dump(book))
+    (tmp_path / "notebooks/01_half.ipynb").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["clean"]) == 2
+    assert "01_half.ipynb is not a whole notebook (" in capsys.readouterr().err
+    assert path.read_text() == saved
+
+
+def test_clean_takes_names_and_files(tmp_path):
+    """A file is itself, even where a notebook of the project has its name."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for root in (inside, outside):
+        root.mkdir()
+        for name in ("00_saved", "01_other"):
+            book, path = committed(root, name)
+            BY_JUPYTERLAB["kernel"](book)
+            path.write_text(nb.dump(book))
+    project = suite.Project(inside)
+    assert suite.clean(project, [str(outside / "notebooks/00_saved.ipynb")]) == (["00_saved"], {})
+    assert suite.clean(project, ["saved", "0"], check=True) == (["00_saved"], {})
+    assert suite.clean(project) == (["00_saved", "01_other"], {})
+    with pytest.raises(ValueError, match=r"no notebook 'nope'; there are 00_saved, 01_other"):
+        suite.clean(project, ["nope"])

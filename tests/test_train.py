@@ -333,6 +333,18 @@ def test_tensorboard_gets_the_curves_or_is_asked_for(tmp_path, monkeypatch):
         launch(recipe("digits", **TINY), tmp_path / "without", tensorboard=True)
 
 
+def test_a_short_run_leaves_no_trace_of_a_bar_in_a_notebook(tmp_path, capsys):
+    """There standard error is no terminal, and what a bar clears stays as an empty strip under the cell."""
+    launch(recipe("digits", **TINY), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    launch(recipe("digits", **TINY), tmp_path)
+    assert "digits plain" in capsys.readouterr().err
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path):
     Trainer(recipe("digits", **TINY), *load("digits"), tmp_path)._save()
     with pytest.raises(ValueError, match=r"is of another run, with block='plain'"):
@@ -478,11 +490,42 @@ def test_machines_that_see_different_folders_are_refused(tmp_path):
     assert "at (epoch, step) (0, 0), (0, 3): give a folder that all machines see" in done.stderr
 
 
-def test_the_command_runs_under_torchrun_and_leaves_one_record(tmp_path):
+WATCHED = """
+import json, os, runpy, time
+from pathlib import Path
+import torch.distributed as dist
+
+def name_of(path):
+    try:
+        return path.read_text().strip()
+    except OSError:  # it has ended
+        return ""
+
+def gloo():
+    return [name for name in map(name_of, Path("/proc/self/task").glob("*/comm")) if "gloo" in name]
+
+def destroy():
+    before, until = gloo(), time.monotonic() + 10
+    really_destroy()
+    while gloo() and time.monotonic() < until:  # a thread that was joined may be listed for a moment
+        time.sleep(0.1)
+    Path(os.environ["RANK"] + ".json").write_text(json.dumps([before, gloo()]))
+
+really_destroy, dist.destroy_process_group = dist.destroy_process_group, destroy
+runpy.run_module("dbb", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_command_runs_under_torchrun_and_leaves_one_record_and_no_thread(tmp_path):
+    """A thread of gloo that gave its tensors back while Python ends would abort the process, once in many runs."""
     settings = ["--epochs", "1", "--set", "batch_size=200", "--set", "model_options={'width': 4}"]
     places = ["--out", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
-    done = run(*TORCHRUN, "-m", "dbb", "train", "digits", *settings, *places, cwd=tmp_path)
+    (tmp_path / "watched.py").write_text(WATCHED)
+    done = run(*TORCHRUN, str(tmp_path / "watched.py"), "train", "digits", *settings, *places, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == 1
     (line,) = [json.loads(text) for text in (tmp_path / "results/runs.jsonl").read_text().splitlines()]
     assert line["processes"] == 2 and line["test_accuracy"] == line["folded_test_accuracy"]
+    for rank in range(2):
+        before, after = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert ("pt_gloo_runloop" in before) == (sys.platform == "linux") and after == []  # as /proc has them

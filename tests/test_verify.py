@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,6 +157,14 @@ def test_saved_bytes_are_those_of_the_activations():
     net = nn.Sequential(*net, DiverseBranchBlock(4, 4, 3, deploy=True))
     found = cost(net, torch.randn(1, 2, 10, 10), min_seconds=0.01)
     assert found.training.saved_bytes == found.folded.saved_bytes == 4 * (2 * 100 + 3 * 100 + 4 * 100)
+
+
+def test_the_cost_of_a_model_says_nothing_about_compilers(tmp_path):
+    """Compilers of CUDA without a GPU are none of the reader's business, in a notebook least of all."""
+    script = "import torch, dbb; dbb.cost(torch.nn.Conv2d(1, 1, 1), torch.ones(1, 1, 1, 1), min_seconds=0.01)"
+    env = os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_traced_graph_in_training_mode_is_refused():
