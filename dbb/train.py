@@ -474,6 +474,7 @@ def _processes(hardware: Hardware) -> Iterator[tuple[Hardware, bool]]:
         yield hardware, True
         return
     from torch.distributed.nn import functional  # noqa: F401 - later its defaults would be the group, and hold it
+
     gpu = hardware.device.startswith("cuda")
     if gpu:
         hardware = replace(hardware, device=f"cuda:{os.environ['LOCAL_RANK']}")

@@ -101,6 +101,88 @@ def test_strip_joins_equal_seeds(ax):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["plain", "DBB"]
 
 
+@pytest.mark.parametrize("limit, drawn", [(None, 2), (5, 5)])
+def test_a_signed_map_is_white_at_zero_and_has_a_scale(ax, limit, drawn):
+    """Symmetric, whatever the values are; orange above zero, purple below."""
+    image = plots.signed_map(torch.tensor([[0.0, 1.0], [-2.0, 0.5]]), ax, limit=limit).images[0]
+    assert image.get_array().tolist() == [[0, 1], [-2, 0.5]] and image.get_clim() == (-drawn, drawn)
+    (zero, above), (below, _) = image.cmap(image.norm(image.get_array()))[..., :3].tolist()
+    assert min(zero) > 0.95 and above[0] > above[2] and below[0] < below[2]
+    assert ax.figure.axes[1].get_ylim() == (-drawn, drawn)
+
+
+def test_a_signed_map_of_nothing_is_white(ax):
+    image = plots.signed_map(torch.zeros(2, 2), ax).images[0]
+    assert image.get_clim() == (-1, 1) and image.norm(0.0) == 0.5
+
+
+def test_marks_stand_where_rows_and_columns_meet_on_maps_of_one_scale():
+    maps, axes = torch.stack([torch.zeros(4, 6), torch.full((4, 6), 8.0)]), Figure().subplots(1, 2)
+    plots.marked(maps, [0, 2], [1, 3, 5], axes)
+    for ax, x in zip(axes, maps):
+        assert ax.images[0].get_array().tolist() == x.tolist() and ax.images[0].get_clim() == (0, 8)
+        dots = {(row, column) for column, row in ax.collections[0].get_offsets().tolist()}
+        assert dots == {(row, column) for row in (0, 2) for column in (1, 3, 5)}
+
+
+def test_parts_of_a_stack_stand_one_behind_the_other(ax):
+    """In the order of the colours; a part that a bar lacks has no width, and the first bar is on top."""
+    colours = {"conv": plots.BLUE, "norm": plots.ORANGE, "sum": plots.INK}
+    plots.stacks({"plain": {"norm": 0.25, "conv": 0.75}, "dbb": {"conv": 2.0, "norm": 1.0, "sum": 0.5}}, colours, ax)
+    drawn = [(p.get_x(), p.get_width(), p.get_y() + p.get_height() / 2, p.get_facecolor()[:3]) for p in ax.patches]
+    blue, orange, ink = map(to_rgb, colours.values())
+    assert drawn[::2] == [(0, 0.75, 0, blue), (0.75, 0.25, 0, orange), (1, 0, 0, ink)]
+    assert drawn[1::2] == [(0, 2, 1, blue), (2, 1, 1, orange), (3, 0.5, 1, ink)]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["plain", "dbb"] and ax.yaxis_inverted()
+
+
+def test_a_colour_key_names_the_colours():
+    figure = Figure(layout="constrained")
+    plots.colour_key(figure, {"conv": plots.BLUE, "norm": plots.ORANGE}, columns=1)
+    (key,) = figure.legends
+    named = {text.get_text(): patch.get_facecolor()[:3] for text, patch in zip(key.get_texts(), key.get_patches())}
+    assert named == {"conv": to_rgb(plots.BLUE), "norm": to_rgb(plots.ORANGE)}
+
+
+@pytest.mark.parametrize(
+    "logarithmic, scales", [("xy", ("log", "log")), ("x", ("log", "linear")), ("", ("linear",) * 2)]
+)
+def test_lines_have_the_values_and_the_scales_they_are_asked_for(ax, logarithmic, scales):
+    plots.lines([1, 10, 100], {"a": [3, 2, 1], "b": [5, 5, 5]}, ax, "title", "pixels", logarithmic)
+    assert [line.get_xydata().tolist() for line in ax.lines] == [
+        [[1, 3], [10, 2], [100, 1]],
+        [[1, 5], [10, 5], [100, 5]],
+    ]
+    assert (ax.get_xscale(), ax.get_yscale()) == scales and (ax.get_title(), ax.get_xlabel()) == ("title", "pixels")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 2  # told apart without colour
+
+
+def test_a_single_line_needs_no_legend_and_one_of_another_length_is_refused(ax):
+    plots.lines([1, 2], {"only": [1, 2]}, ax)
+    assert ax.get_legend() is None
+    with pytest.raises(ValueError, match="same first dimension"):
+        plots.lines([1, 2], {"long": [1, 2, 3]}, ax)
+
+
+def test_costs_are_dots_around_the_one_that_is_not_drawn(ax):
+    """Every measurement lies inside, and lines at 1 stand for what the others are measured by."""
+    plots.costs({"branches": [(4.0, 3.0), (40.0, 2.0)], "sampled": [(1.0, 0.5)]}, ax)
+    assert [dots.get_offsets().tolist() for dots in ax.collections] == [[[4, 3], [40, 2]], [[1, 0.5]]]
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [1, 1]], [[1, 0], [1, 1]]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["branches", "sampled"]
+    marks = [tuple(map(tuple, dots.get_paths()[0].vertices)) for dots in ax.collections]
+    assert marks[0] != marks[1]  # told apart without colour
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    assert left < 1 and right > 40 and bottom == 0 and top > 3
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("time", "memory", "log")
+
+
+def test_costs_that_were_not_measured_are_said_to_be(ax):
+    plots.costs({}, ax)
+    assert [text.get_text() for text in ax.texts] == ["nothing is recorded yet"] and ax.get_legend() is None
+
+
 def test_shares_stack_up_from_zero_and_hang_below_it(ax):
     plots.shares({"a": {"kxk": 0.7, "1x1": 0.5, "1x1_avg": -0.2}}, ax, before={"a": {"kxk": 1.0}})
     pale, *now = ax.patches

@@ -106,7 +106,9 @@ def test_ci_takes_the_browser_that_is_there(tmp_path, name):
 
 def test_every_target_is_in_the_help():
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == sorted(targets)
 
 
@@ -129,7 +131,7 @@ def test_make_lab_offers_the_kernel_of_this_environment(tmp_path):
     for folder in ("data/kernels/python3", "path/kernels/python3"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "kernel.json").write_text(json.dumps(spec))
-    command = ["make", "--dry-run", "lab", f"VENV={os.path.relpath(sys.prefix, ROOT)}"]
+    command = ["make", "--no-print-directory", "--dry-run", "lab", f"VENV={os.path.relpath(sys.prefix, ROOT)}"]
     recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert recipe.endswith("jupyter lab notebooks")
     asked = recipe.replace("jupyter lab notebooks", "jupyter kernelspec list --json")
