@@ -91,13 +91,13 @@ class Outcome:
         return "FAILED" if self.error else "ok"
 
 
-def find_project(start: Path) -> Project:
-    """Return the project that `start` lies in; outside of any, the one that this package was installed from."""
-    here = start.resolve()
+def find_project(start: Path | None = None) -> Project:
+    """Return the project around `start`, by default the working directory; outside of any, this package's own."""
+    here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
-        if any((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        if (folder / "data").is_dir() and any((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):  # build/ has no data/
             return Project(folder)
-    raise ValueError(f"no notebooks/NN_name.ipynb in {here} or above it: go to the folder of the project")
+    raise ValueError(f"no notebooks/NN_name.ipynb and data/ in {here} or above it: go to the folder of the project")
 
 
 def discover(project: Project) -> list[Path]:
@@ -129,12 +129,14 @@ def run(
     timeout: float | None = None,
     env: dict[str, str] | None = None,
     build: Path | None = None,
+    cwd: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Outcome]:
     """Run the notebooks that `names` mean, `jobs` at once, and return their outcomes in order.
 
     `timeout` is the seconds that a cell may take (by default the profile's), `env` adds to the kernels' environment,
-    `build` is where results go (by default the project's `build/`), `say` prints a line as each notebook ends.
+    `build` is where results go (by default the project's `build/`), `cwd` is the kernels' working directory (by default
+    the notebooks' own folder), `say` prints a line as each notebook ends.
     Raises ValueError before anything runs for an unknown notebook, profile or parameter.
     """
     chosen = select(discover(project), names)
@@ -145,7 +147,8 @@ def run(
     build.mkdir(parents=True, exist_ok=True)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix=".run-", dir=build) as scratch:
-        tasks = [_task(path, parameters[path], timeout or PROFILES[profile], Path(scratch)) for path in chosen]
+        folder, longest = (cwd or project.notebooks).resolve(), timeout or PROFILES[profile]
+        tasks = [_task(path, folder, parameters[path], longest, Path(scratch)) for path in chosen]
         kernels = _kernel_environment(Path(scratch), build, min(jobs, len(tasks))) | (env or {})
         for task, answer in _work(tasks, min(jobs, len(tasks)), kernels, Path(scratch)):
             outcomes.append(_settle(task, answer, profile, build))
@@ -262,13 +265,13 @@ def _injected(path: Path, profile: str, settings: dict) -> dict:
     return {name: value for name, value in wanted.items() if repr(value) != repr(own[name])}
 
 
-def _task(path: Path, parameters: dict, timeout: float | None, scratch: Path) -> dict:
+def _task(path: Path, folder: Path, parameters: dict, timeout: float | None, scratch: Path) -> dict:
     """Return a job for a worker; the notebook is copied, so that editing it meanwhile does no harm."""
     source, target = scratch / "source" / path.name, scratch / "target" / path.name
-    for folder in (source.parent, target.parent):
-        folder.mkdir(exist_ok=True)
+    for place in (source.parent, target.parent):
+        place.mkdir(exist_ok=True)
     source.write_bytes(path.read_bytes())
-    paths = {"source": str(source), "target": str(target), "folder": str(path.parent.resolve())}
+    paths = {"source": str(source), "target": str(target), "folder": str(folder)}
     return paths | {"parameters": parameters, "timeout": timeout, "env": {"DBB_NOTEBOOK": path.stem}}
 
 

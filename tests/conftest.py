@@ -46,12 +46,13 @@ def offline() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory, ledger, offline) -> SimpleNamespace:
-    """Every notebook, run once through papermill in the quick profile, two at once and offline."""
+    """Every notebook, run once through papermill in the quick profile, two at once, offline and far from its files."""
     from dbb import suite
 
     build = tmp_path_factory.mktemp("suite")
     env = offline | {"DBB_FIGURES": str(build / "figures")}
-    outcomes = suite.run(suite.Project(ROOT), jobs=2, env=env, build=build, say=lambda line: None)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    outcomes = suite.run(suite.Project(ROOT), jobs=2, env=env, build=build, cwd=elsewhere, say=lambda line: None)
     ledger["papermill"].update({outcome.notebook: outcome.seconds for outcome in outcomes})
     return SimpleNamespace(build=build, outcomes={outcome.notebook: outcome for outcome in outcomes})
 

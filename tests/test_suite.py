@@ -99,6 +99,20 @@ def test_a_good_one_passes(outcomes):
     assert (good.cells, good.checks) == (5, 2)  # one assert, one call of assert_it; its definition checks nothing
 
 
+def test_a_project_is_found_from_within_it_and_from_afar(outcomes, project, tmp_path, monkeypatch):
+    for place in (project.root, project.notebooks, project.build, project.build / "notebooks"):
+        monkeypatch.chdir(place)  # build/ has notebooks, too, those that ran, and is no project
+        assert suite.find_project().root == project.root.resolve()
+    assert suite.find_project(tmp_path).root == Path(suite.__file__).resolve().parents[1]
+
+
+def test_kernels_work_where_they_are_told_to(project, light, tmp_path):
+    (outcome,) = suite.run(project, ["07_where"], env=light, build=tmp_path / "build", cwd=tmp_path)
+    assert outcome.error is None
+    (cell,) = (c for c in nb.code_cells(nb.read(tmp_path / "build/notebooks/07_where.ipynb")) if "getcwd" in c.source)
+    assert json.loads(cell.outputs[0].text)[0] == str(tmp_path.resolve())
+
+
 def test_a_failing_cell_is_named_with_its_error(outcomes, project):
     error = outcomes["01_fails"].error
     assert (error.cell, error.name, error.message) == (3, "AssertionError", "x is one")

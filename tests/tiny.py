@@ -26,7 +26,8 @@ def write(root: Path, name: str, *sources: str, parameters: str | None = PARAMET
     cells = [new_markdown_cell(f"# About {name}")]
     cells += [code(parameters, "parameters")] if parameters is not None else []
     path = root / "notebooks" / f"{name}.ipynb"
-    path.parent.mkdir(exist_ok=True)
+    for folder in (path.parent, root / "data"):  # as a project has them
+        folder.mkdir(exist_ok=True)
     path.write_text(nb.dump(new_notebook(cells=[*cells, *map(code, sources)])))
     return path
 
