@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from dbb import reference
 from dbb.blocks import BranchBlock
 from dbb.figures import write_atomically
-from dbb.models import MODELS, input_shape
+from dbb.models import HEADS, MODELS, input_shape
 from dbb.recipes import TrainingRecipe
 from dbb.surgery import outermost_blocks, reparameterize
+from dbb.tasks import key_of
 from dbb.verify import assert_equivalent
 
 FORMS = ("training", "folded", "restored")
@@ -57,6 +58,11 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, dict]:
     return (reparameterize(model) if about["form"] == "folded" else model), about
 
 
+def facts_of(path: Path) -> dict:
+    """What is known about the model in a file: its recipe, its classes, its form; with the errors of `load_model`."""
+    return _read(Path(path))[1]
+
+
 def load_weights(model: nn.Module, path: Path) -> dict:
     """Load a checkpoint, ours or the authors', strictly into a model of your own; answers what is known about it.
 
@@ -88,10 +94,20 @@ def convert(source: Path, target: Path, restore: bool = False) -> dict:
     if about["form"] != "training" and not restore:
         raise ValueError(f"{source} is {about['form']} already: {describe(about)}")
     precise = copy.deepcopy(model).double()
-    assert_equivalent(precise, reparameterize(precise, restore=restore, say=None), example_input(about).double())
+    forms = (precise, reparameterize(precise, restore=restore, say=None))
+    assert_equivalent(*(as_graph(form, about) for form in forms), example_input(about).double())
     about |= {"form": "restored" if restore else "folded", "converted_from": source.name}
     _write(target, reparameterize(model, restore=restore, say=None), about)
     return about
+
+
+def as_graph(model: nn.Module, about: Mapping) -> nn.Module:
+    """The model as a graph from one tensor to one: of a detector or segmenter what `dbb.detect.Dense` says."""
+    if about["recipe"]["model"].partition("_")[0] not in HEADS:
+        return model
+    from dbb.detect import Dense
+
+    return Dense(model)
 
 
 def example_input(about: Mapping, batch: int = 2, size: int | None = None) -> Tensor:
@@ -129,7 +145,8 @@ def inspect_file(path: Path) -> str:
     model, about = load_model(path)
     tensors = model.state_dict()
     kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}))
-    facts = {name: about[name] for name in ("authors", "converted_from", "test_accuracy", "commit") if name in about}
+    known = ("authors", "converted_from", key_of(about["recipe"]), "commit")
+    facts = {name: about[name] for name in known if name in about}
     return "\n".join(
         [
             f"{path}: {describe(about)}",

@@ -30,7 +30,7 @@ HOLDS, DIFFERS, UNDECIDED, PENDING, CANNOT = STATUSES = (
     "pending",
     "cannot be tested here",
 )
-KINDS = ("check", "notebooks", "experiment", "cannot")
+KINDS = ("check", "notebooks", "experiment", "paired", "cannot")
 SECTION = "<!-- written by `dbb claims --update` -->"
 
 
@@ -103,6 +103,7 @@ def evaluate(root: Path, claims: list[Claim]) -> list[Finding]:
         "check": lambda claim: CHECKS[claim.entry["check"]](root),
         "notebooks": lambda claim: _ran(root, claim.entry["notebooks"]),
         "experiment": lambda claim: _compared(claim, records),
+        "paired": lambda claim: _paired(claim, root),
         "cannot": lambda claim: (CANNOT, claim.entry["cannot"]),
     }
     return [Finding(claim, *ways[claim.kind](claim)) for claim in claims]
@@ -218,7 +219,11 @@ def _compared(claim: Claim, records: list[dict]) -> tuple[str, str]:
     if not compared:
         done = sum(matrix.find_record(run, records) is not None for run in pair.runs)
         return PENDING, f"{done} of {len(pair.runs)} runs done, {_waits_for(experiment)}"
-    result = compared[-1]
+    return _judged(claim, compared[-1])
+
+
+def _judged(claim: Claim, result: matrix.Comparison) -> tuple[str, str]:
+    """What a comparison makes of a claim, in percentage points."""
     published = claim.published if claim.comparable else None
     low, high = (None if end is None else 100 * end for end in (result.low, result.high))
     interval = "no interval from one seed" if low is None else f"[{low:+.2f}, {high:+.2f}]"
@@ -226,6 +231,23 @@ def _compared(claim: Claim, records: list[dict]) -> tuple[str, str]:
     if result.seeds < FEWEST_SEEDS:
         return UNDECIDED, f"{words}: too few to decide"
     return judge(low, high, published, claim.direction), words
+
+
+def pairs(claim: Claim, root: Path) -> tuple[list[float], matrix.Comparison | None]:
+    """What a claim of kind "paired" rests on: differences by seed, in percentage points, and their comparison.
+
+    These are other records than those of the matrix, a variant against a baseline, over the seeds that both have.
+    """
+    about = {**claim.entry["paired"]}
+    differences, found = matrix.compare_records(read(root / "data/results", about.pop("file")), **about)
+    return [100 * difference for difference in differences], found
+
+
+def _paired(claim: Claim, root: Path) -> tuple[str, str]:
+    _, found = pairs(claim, root)
+    if found is None:
+        return PENDING, "no pair of records"
+    return _judged(claim, found)
 
 
 def _waits_for(experiment: matrix.Experiment) -> str:
@@ -320,6 +342,26 @@ def full_sample_is_the_training_step(root: Path) -> tuple[str, str]:
     return _steps_agree("batch", SampledStep(10**9, always=True))
 
 
+def codes_trained_with_are_deployed(root: Path) -> tuple[str, str]:
+    """A training step with rounded equivalent kernels, then the folded network's codes, for every kind of block."""
+    from dbb.blocks import BLOCKS
+    from dbb.models import build_model
+    from dbb.quantize import Grid, convert_qat, prepare_qat, trained_codes
+    from dbb.verify import randomize_norms_
+
+    torch.manual_seed(0)
+    other, codes = 0, 0
+    for block, grid in ((block, grid) for block in BLOCKS for grid in (Grid(8), Grid(3, False))):
+        model = prepare_qat(randomize_norms_(build_model("digits_net", 10, block, width=4)), grid).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model(torch.randn(8, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+        deployed = [m.weight for m in convert_qat(model).modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+        for trained, weight in zip(trained_codes(model).values(), deployed, strict=True):
+            other, codes = other + int((trained != grid.codes(weight)).sum()), codes + trained.numel()
+    return (DIFFERS if other else HOLDS), f"{other} of {codes:,} codes are others"
+
+
 def _steps_agree(border: str, step: Callable) -> tuple[str, str]:
     from dbb import DiverseBranchBlock, randomize_norms_, set_training_step
 
@@ -334,6 +376,25 @@ def _steps_agree(border: str, step: Callable) -> tuple[str, str]:
             own = set_training_step(copy.deepcopy(block), way)  # a step moves the running statistics
             y = own(x)
             gradients = torch.autograd.grad((y * y.detach().cos()).sum(), [x, *own.parameters()])
+            seen.append(torch.cat([t.flatten() for t in (y.detach(), *gradients)]))
+        errors.append(((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item())
+    return (HOLDS if max(errors) < 1e-10 else DIFFERS), f"off by less than {_power_of_ten(max(errors))} in float64"
+
+
+def frozen_step_is_one_convolution(root: Path) -> tuple[str, str]:
+    """Output and gradients of one training step with frozen norms, by branches and by the equivalent kernel."""
+    from dbb import DiverseBranchBlock, freeze_norms, randomize_norms_, set_training_step
+
+    torch.manual_seed(0)
+    errors = []
+    for geometry in ({}, {"stride": 2}, {"groups": 4}, {"groups": 2, "kernel_size": 5, "padding": 2}):
+        options = {"kernel_size": 3, "padding": 1, "dtype": torch.float64} | geometry
+        block = freeze_norms(randomize_norms_(DiverseBranchBlock(4, 4, **options)).train())
+        x = torch.ones(2, 4, 17, 19, dtype=torch.float64).cumsum(2).sin().requires_grad_()
+        seen = []
+        for y in (set_training_step(block, BranchStep())(x), block.equivalent()(x)):
+            learned = [p for p in block.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad((y * y.detach().cos()).sum(), [x, *learned])
             seen.append(torch.cat([t.flatten() for t in (y.detach(), *gradients)]))
         errors.append(((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item())
     return (HOLDS if max(errors) < 1e-10 else DIFFERS), f"off by less than {_power_of_ten(max(errors))} in float64"
@@ -373,6 +434,8 @@ CHECKS: dict[str, Callable[[Path], tuple[str, str]]] = {
         average_at_stride_2,
         lean_step_is_the_training_step,
         full_sample_is_the_training_step,
+        frozen_step_is_one_convolution,
+        codes_trained_with_are_deployed,
     )
 }
 

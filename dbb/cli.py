@@ -176,7 +176,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     import torch
 
-    from dbb.checkpoint import describe, example_input, load_model
+    from dbb.checkpoint import as_graph, describe, example_input, load_model
     from dbb.surgery import reparameterize
     from dbb.verify import assert_equivalent, report
 
@@ -184,7 +184,7 @@ def _verify(options: argparse.Namespace) -> int:
     if about["form"] != "training":
         raise ValueError(f"{options.checkpoint} is in {about['form']} form, without branches: give the training form")
     _say(describe(about))
-    x = example_input(about, size=options.size)
+    model, x = as_graph(model, about), example_input(about, size=options.size)
     _say(str(report(model, x)))
     for dtype in (torch.float32, torch.float64):
         model, x = model.to(dtype), x.to(dtype)
@@ -208,12 +208,13 @@ def _random_model(options: argparse.Namespace):
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dbb.checkpoint import describe, example_input, load_model
+    from dbb.checkpoint import as_graph, describe, example_input, load_model
     from dbb.export import export_onnx, onnx_operators
     from dbb.surgery import reparameterize
 
     model, about = load_model(options.checkpoint)
-    error = export_onnx(reparameterize(model), options.target, example_input(about, size=options.size))
+    folded = as_graph(reparameterize(model), about)
+    error = export_onnx(folded, options.target, example_input(about, size=options.size))
     counts = ", ".join(f"{number} {name}" for name, number in onnx_operators(options.target).most_common())
     _say(f"{options.target}: {describe(about | {'form': 'folded'})}\n  {counts}")
     _say(f"  ONNX Runtime differs by {error:.1e} of the largest answer")
@@ -230,6 +231,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from dbb.recipes import recipe
     from dbb.suite import parse_settings
+    from dbb.tasks import key_of, word_of
     from dbb.train import Hardware, TrainingError, TrainingStoppedError, launch
 
     given = {name: getattr(options, name) for name in ("block", "data", "epochs", "seed")}
@@ -247,11 +249,14 @@ def _train(options: argparse.Namespace) -> int:
         print(f"dbb: {error}", file=sys.stderr)
         return 1
     if line:
-        _say(f"{folder}: test accuracy {line['test_accuracy']:.2%}, folded {line['folded_test_accuracy']:.2%}")
+        key, word = key_of(line["recipe"]), word_of(line["recipe"])
+        _say(f"{folder}: test {word} {line[key]:.2%}, folded {line[f'folded_{key}']:.2%}")
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from dbb.checkpoint import facts_of
+    from dbb.tasks import word_of
     from dbb.train import Hardware, TrainingError, score
 
     try:
@@ -259,8 +264,9 @@ def _eval(options: argparse.Namespace) -> int:
     except TrainingError as error:
         print(f"dbb: {error}", file=sys.stderr)
         return 1
-    for form, accuracy in scores.items():
-        _say(f"{form}: test accuracy {accuracy:.2%}")
+    word = word_of(facts_of(options.checkpoint)["recipe"])
+    for form, value in scores.items():
+        _say(f"{form}: test {word} {value:.2%}")
     return 0
 
 
@@ -282,7 +288,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _claims(options: argparse.Namespace) -> int:
     from dbb import claims, suite
 
-    root = suite.find_project(Path.cwd()).root
+    root = suite.find_project().root
     findings = claims.evaluate(root, claims.ledger(root))
     _say(claims.table(findings))
     broken = [finding.claim.id for finding in findings if finding.broken]
@@ -298,7 +304,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.update and (options.profile != "quick" or options.set):
         raise ValueError("--update keeps the outputs of the quick profile as it is: leave out --profile and --set")
-    project = suite.find_project(Path.cwd())
+    project = suite.find_project()
     outcomes = suite.run(
         project, options.names, options.profile, suite.parse_settings(options.set), jobs=options.jobs, say=_say
     )
@@ -309,7 +315,7 @@ def _figures(options: argparse.Namespace) -> int:
     from dbb import suite
     from dbb.figures import publish
 
-    project = suite.find_project(Path.cwd())
+    project = suite.find_project()
     built = project.build / "figures"
     env = {"DBB_FIGURES": str(built)}
     outcomes = suite.run(project, options.names, jobs=options.jobs, env=env, say=_say)
@@ -322,7 +328,7 @@ def _figures(options: argparse.Namespace) -> int:
 def _clean(options: argparse.Namespace) -> int:
     from dbb import suite
 
-    changed, stale = suite.clean(suite.find_project(Path.cwd()), options.names, options.check)
+    changed, stale = suite.clean(suite.find_project(), options.names, options.check)
     _say(f"{'not clean' if options.check else 'cleaned'}: {', '.join(changed) or 'none'}")
     for name, reason in stale.items():
         print(f"dbb: {name} has stale outputs: {reason}; dbb run {name} --update", file=sys.stderr)
@@ -332,7 +338,7 @@ def _clean(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     from dbb import notebook, suite
 
-    project = suite.find_project(Path.cwd())
+    project = suite.find_project()
     paths = suite.discover(project)
     width = max(len(path.stem) for path in paths)
     for path in paths:

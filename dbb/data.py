@@ -88,11 +88,16 @@ def load(data: str | Path, root: str | Path = "data/cache", streamed: bool = Fal
         return _digits()
     if data in ("cifar10", "cifar100"):
         return _cifar(data, Path(root))
+    return _folder(*find_folder(data, root), streamed)
+
+
+def find_folder(data: str | Path, root: str | Path) -> tuple[str, Path]:
+    """The name and the path of a folder of data: given as its path, as "NAME=PATH", or as its name in `root`."""
     name, _, place = str(data).rpartition("=")
     path = Path(place).expanduser()
     if path.name == place and not path.exists():
         path = Path(root) / place
-    return _folder(name or path.name, path, streamed)
+    return name or path.name, path
 
 
 @lru_cache(maxsize=1)

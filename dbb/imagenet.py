@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dbb.sampling import check_batches, evenly, generator, order_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Of ImageNet's training images, values 0 to 1; the eigenvalues and eigenvectors of their colours are those of AlexNet.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,10 +52,16 @@ class ImageFiles:
         kept = evenly(self, number)
         return replace(self, files=[self.files[place] for place in kept], labels=self.labels[kept])
 
+    def read(self, place: int) -> tuple[Image, Tensor]:
+        """An image, decoded, and its label."""
+        from PIL import Image
+
+        with Image.open(self.files[place]) as file:
+            return file.convert("RGB"), self.labels[place]
+
     def fingerprint(self) -> str:
         """SHA-256 of the names and sizes of the files; their content would take an hour to read."""
-        lines = [f"{file.relative_to(self.folder).as_posix()} {file.stat().st_size}" for file in self.files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return fingerprint_of(self.files, self.folder)
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Those of ImageNet, whatever the images are: what everybody trains and publishes with."""
@@ -62,6 +72,12 @@ class ImageFiles:
     ) -> FileBatches:
         """`FileBatches` of it."""
         return FileBatches(self, batch_size, device=device, size=size, workers=workers, **options)
+
+
+def fingerprint_of(files: Sequence[Path], folder: Path) -> str:
+    """SHA-256 of the names, within `folder`, and the sizes of files."""
+    lines = [f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class FileBatches:
@@ -94,9 +110,13 @@ class FileBatches:
         self.data, self.batch_size, self.train, self.seed = data, batch_size, train, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.workers = min(MOST_WORKERS, os.cpu_count() or 1) if workers < 0 else workers
-        prepare = for_training(size, strong=augmentation == "imagenet_strong") if train else for_testing(size)
-        self.decoded = _Decoded(data, prepare)
+        self.decoded = _Decoded(data, self.prepare(augmentation, size))
         self.mean, self.std = (value.to(self.device)[:, None, None] for value in (mean, std))
+
+    def prepare(self, augmentation: str, size: int) -> Callable:
+        """What makes an input and a target out of what the data reads."""
+        strong = augmentation == "imagenet_strong"
+        return _Pictured(for_training(size, strong) if self.train else for_testing(size))
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -114,15 +134,30 @@ class FileBatches:
             self.decoded,
             batch_sampler=wanted,
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=self.collate,
             pin_memory=self.device.type == "cuda",
             generator=generator(self.seed, epoch),  # else it draws from the numbers of the model
         )
-        for images, labels, broken in loader:
+        for images, targets, broken in loader:
             if broken:
                 raise ValueError(f"{len(broken)} broken image files: {', '.join(broken[:5])}: mend or remove them")
-            images = images.to(self.device, non_blocking=True)
-            yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
+            yield self.on_device(images, targets)
+
+    def collate(self, items: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor, Tensor, list[str]]:
+        """Images, targets, and the paths of what was broken: an error raised in a worker would bury them."""
+        images, targets = zip(*items)
+        broken = [image for image in images if isinstance(image, str)]
+        if broken:
+            return torch.empty(0), torch.empty(0), broken
+        return torch.stack(images), torch.stack(targets), []
+
+    def on_device(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Both where the model is, the images normalised."""
+        return self.normalised(images), targets.to(self.device, non_blocking=True)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images, or one, by the mean and the standard deviation of their channels."""
+        return (images.to(self.device, non_blocking=True) - self.mean) / self.std
 
 
 class Lighting(torch.nn.Module):
@@ -163,6 +198,16 @@ def for_testing(size: int) -> Callable:
     return v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size), *as_numbers])
 
 
+@dataclass(frozen=True)
+class _Pictured:
+    """Changes an image and leaves its label; a class, as workers may have to be sent it."""
+
+    change: Callable
+
+    def __call__(self, image: Image, label: Tensor) -> tuple[Tensor, Tensor]:
+        return self.change(image), label
+
+
 class _Decoded(Dataset):
     """Item (place, numbers) is image number `place`, augmented as `numbers` say; a path where the file is broken."""
 
@@ -171,21 +216,11 @@ class _Decoded(Dataset):
 
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> tuple[Tensor | str, Tensor]:
         """Decode and augment one image."""
-        from PIL import Image
-
         place, numbers = item
         try:
-            with Image.open(self.data.files[place]) as file:
-                image = file.convert("RGB")
+            image, target = self.data.read(place)
         except (OSError, SyntaxError):
-            return str(self.data.files[place]), self.data.labels[place]
+            return str(self.data.files[place]), torch.empty(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(*numbers).initial_seed())
-            return self.prepare(image), self.data.labels[place]
-
-
-def _collate(items: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images, labels, and the paths of what was broken: an error raised in a worker would bury them."""
-    images, labels = zip(*items)
-    broken = [image for image in images if isinstance(image, str)]
-    return torch.empty(0) if broken else torch.stack(images), torch.stack(labels), broken
+            return self.prepare(image, target)

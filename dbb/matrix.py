@@ -19,7 +19,8 @@ import torch
 
 from dbb.ablation import VARIANTS
 from dbb.recipes import TrainingRecipe, recipe
-from dbb.results import read
+from dbb.results import read, score_of
+from dbb.tasks import word_of
 from dbb.train import sigterm
 
 RUNS_FOLDER = Path("build/runs")
@@ -118,6 +119,19 @@ EXPERIMENTS = {
             device="cpu",
             options=("--channels-last",),
         ),
+        # Backbones in one of torchvision's detectors and one of its segmenters, on generated scenes.
+        *(
+            Experiment(
+                f"{name}_cpu",
+                f"does a DBB backbone help to {name.partition('_')[2]}, at a small scale?",
+                recipe(name),
+                {"plain": {"block": "plain"}, "dbb": {"block": "dbb"}},
+                seeds=10,
+                device="cpu",
+                options=("--workers", "0"),
+            )
+            for name in ("scenes_detect", "scenes_segment")
+        ),
         Experiment(
             "small_gpu",
             "the same with all images and more epochs",
@@ -182,20 +196,20 @@ def listing(runs: Sequence[Run], results: Path, root: Path) -> Iterator[str]:
     records = read(results)
     for run in runs:
         r, record, state = run.recipe, find_record(run, records), state_of(run, records, root)
-        accuracy = f"{record['test_accuracy']:.2%}" if record else ""
+        score = f"{score_of(record):.2%}" if record else ""
         yield (
             f"{run.name:<34} {r.name:<19} {r.block:<12} seed {r.seed:<3} {r.epochs:>4} epochs  {r.data:<13} "
-            f"{run.device:<5} {state} {accuracy}".rstrip()
+            f"{run.device:<5} {state} {score}".rstrip()
         )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline of its experiment, over the seeds that both have; accuracies are shares of 1.
+    """A variant against the baseline of its experiment, over the seeds that both have; scores are shares of 1.
 
-    mean, spread: of the variant's accuracies, and their standard deviation
+    mean, spread: of the variant's scores (accuracy, AP or mIoU, as the task has it), and their standard deviation
     difference, low, high: mean of the paired differences, and its 95% interval (Student's t); None below two seeds
-    seconds: mean time of training
+    seconds: mean time of training, where it is known
     """
 
     variant: str
@@ -205,7 +219,7 @@ class Comparison:
     difference: float | None
     low: float | None
     high: float | None
-    seconds: float
+    seconds: float | None
 
     @property
     def verdict(self) -> str:
@@ -223,9 +237,8 @@ def compare(experiment: Experiment, records: Sequence[dict], baseline: str = "pl
     complete = [s for s in range(experiment.seeds) if all(found[variant, s] for variant in experiment.variants)]
     if not complete:
         return []
-    accuracy = {
-        v: torch.tensor([found[v, s]["test_accuracy"] for s in complete], dtype=torch.float64)
-        for v in experiment.variants
+    score = {
+        v: torch.tensor([score_of(found[v, s]) for s in complete], dtype=torch.float64) for v in experiment.variants
     }
     time_taken = {v: [found[v, s]["seconds"] for s in complete] for v in experiment.variants}
     return [
@@ -234,22 +247,53 @@ def compare(experiment: Experiment, records: Sequence[dict], baseline: str = "pl
             len(complete),
             values.mean().item(),
             values.std().item() if len(complete) > 1 else None,
-            *(paired(values - accuracy[baseline]) if variant != baseline else (None, None, None)),
+            *(paired(values - score[baseline]) if variant != baseline else (None, None, None)),
             sum(time_taken[variant]) / len(complete),
         )
-        for variant, values in accuracy.items()
+        for variant, values in score.items()
     ]
 
 
+def compare_records(
+    records: Sequence[dict], variant: Mapping, baseline: Mapping, value: str = "accuracy", less: str | None = None
+) -> tuple[list[float], Comparison | None]:
+    """Records that hold all of `variant` against those that hold all of `baseline`, paired by seed.
+
+    value: the score, a share of 1; less: another value of the same record, to be taken from it
+    Answers the differences, one a seed, and their comparison, None where there is no pair. Of two records for the same
+    seed the last one counts.
+    """
+    scores = [
+        {r["seed"]: r[value] - (r[less] if less else 0) for r in records if holds(r, wanted)}
+        for wanted in (variant, baseline)
+    ]
+    seeds = sorted(scores[0].keys() & scores[1].keys())
+    if not seeds:
+        return [], None
+    ours, theirs = (torch.tensor([found[seed] for seed in seeds], dtype=torch.float64) for found in scores)
+    spread = ours.std().item() if len(seeds) > 1 else None
+    compared = Comparison(str(variant), len(seeds), ours.mean().item(), spread, *paired(ours - theirs), None)
+    return (ours - theirs).tolist(), compared
+
+
+def holds(record: Mapping, wanted: Mapping) -> bool:
+    """Whether a record has all the wanted values, at any depth."""
+    return all(
+        key in record and (holds(record[key], value) if isinstance(value, Mapping) else record[key] == value)
+        for key, value in wanted.items()
+    )
+
+
 def summary(results: Path, select: str = "") -> str:
-    """What the finished runs say, a line for each variant: accuracy and paired difference, in percentage points."""
+    """What the finished runs say, a line for each variant: score and paired difference, in percentage points."""
     records, lines = read(results), []
     for experiment in (e for e in EXPERIMENTS.values() if any(select in run.name for run in e.runs)):
         for c in compare(experiment, records):
             spread = "" if c.spread is None else f" ± {100 * c.spread:.2f}"
             paired = c.low is not None and f"  {100 * c.difference:+.2f} [{100 * c.low:+.2f}, {100 * c.high:+.2f}]"
             lines.append(
-                f"{experiment.name} {c.variant}: {100 * c.mean:.2f}{spread} over {c.seeds} seeds{paired or ''}  "
+                f"{experiment.name} {c.variant}: {word_of(experiment.recipe.as_dict())} {100 * c.mean:.2f}{spread} "
+                f"over {c.seeds} seeds{paired or ''}  "
                 f"{c.seconds:.0f} s {c.verdict}".rstrip()
             )
     return "\n".join(lines)
@@ -346,4 +390,4 @@ def _side_by_side(runs: Sequence[Run]) -> int:
 
 def _data_is_there(data: str, root: Path) -> bool:
     folders = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-    return data == "digits" or (root / folders.get(data, data)).exists()
+    return data in ("digits", "scenes") or (root / folders.get(data, data)).exists()

@@ -111,9 +111,11 @@ def _with_blocks(resnet: nn.Module, block: Block, others: Block | None) -> nn.Mo
     return resnet
 
 
-def small_resnet(num_classes: int = 10, block: Block = "plain", width: int = 16, depth: int = 1) -> nn.Sequential:
+def small_resnet(
+    num_classes: int = 10, block: Block = "plain", width: int = 16, depth: int = 1, stem_stride: int = 1
+) -> nn.Sequential:
     """A ResNet for 32x32 images: three stages of `depth` residual blocks; the second and third begin with stride 2."""
-    layers: list[nn.Module] = [convolution(3, width, 3, block=block)]
+    layers: list[nn.Module] = [convolution(3, width, 3, stem_stride, block=block)]
     channels = width
     for stage in range(3):
         for n in range(depth):
@@ -153,18 +155,21 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+HEADS = ("retinanet", "fasterrcnn", "fcn", "deeplabv3")  # of detectors and segmenters, see `dbb.detect`
 INPUT_SHAPES = {"digits_net": (1, 8, 8), "small_resnet": (3, 32, 32), "vgg16": (3, 32, 32)}
 
 
 def input_shape(name: str) -> tuple[int, int, int]:
     """The channels, height and width of an image that the model takes; ImageNet's where nothing is known."""
-    return INPUT_SHAPES.get(name, (3, 224, 224))
+    return (3, 64, 64) if name.endswith("_small") else INPUT_SHAPES.get(name, (3, 224, 224))
 
 
 def build_model(
     name: str, num_classes: int, block: Block = "plain", *, block_options: dict | None = None, **options
 ) -> nn.Module:
     """The model of that name, with blocks: one of ours, or "torchvision.NAME" or "timm.NAME" (see `replace_convs`).
+
+    A name such as "retinanet_resnet18" is a detector or segmenter of `dbb.detect`.
 
     block_options: of each block; options: of the function that builds the model
 
@@ -174,6 +179,10 @@ def build_model(
         block = partial(block_type(block), **block_options)
     if name.startswith(("torchvision.", "timm.")):
         return replace_convs(library_model(name, num_classes, **options), block, inplace=True, say=None)
+    if name.partition("_")[0] in HEADS:
+        from dbb.detect import build
+
+        return build(name, num_classes, block, **options)
     if name not in MODELS:
         raise ValueError(f"model={name!r} is not known: choose from {', '.join(MODELS)}, torchvision.NAME, timm.NAME")
     return MODELS[name](num_classes, block, **options)

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
@@ -48,6 +48,8 @@ STATUSES = {  # of claims: the colour, the sign and the word of each; dark, midd
     "pending": ("white", "…", "pending"),
     "cannot be tested here": ("#e4e4e1", "×", "cannot be tested here"),
 }
+
+CLASS_COLOURS = ("#e4e4e1", BLUE, "#b07800", GREEN, "#a0527d", RED, SKY)  # of pixels; the first is the background
 
 MAPS = "cividis"  # for activations: brightness follows the value
 SIGNED = "PuOr_r"  # for kernels and differences: white is zero, orange positive, purple negative
@@ -116,6 +118,38 @@ def frame(
 ) -> None:
     """Outline a part of a picture: its left and top, its width and height, in pixels."""
     ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2, linestyle=line))
+
+
+def boxed(
+    x: Tensor,
+    boxes: Tensor,
+    labels: Sequence[str],
+    ax: Axes | None = None,
+    title: str = "",
+    colour: str = ORANGE,
+    line: str = "-",
+) -> Axes:
+    """A photograph "3 h w" with boxes "n 4" (left, top, right, bottom edge, in pixels), each with its label."""
+    ax = photograph(x, ax, title)
+    for (left, top, right, bottom), label in zip(boxes.tolist(), labels, strict=True):
+        frame(ax, (left - 0.5, top - 0.5), (right - left, bottom - top), colour, line)
+        style = {"color": "white", "fontsize": 7, "va": "top", "bbox": {"color": INK, "pad": 1, "linewidth": 0}}
+        ax.text(left, top, label, **style)
+    return ax
+
+
+def class_map(classes: Tensor, names: Sequence[str], ax: Axes | None = None, title: str = "") -> Axes:
+    """The class of each pixel "h w", in the colours of `CLASS_COLOURS`, and a letter on each patch for its name.
+
+    The first class is the background; its pixels have no letter.
+    """
+    ax = _bare(ax, title)
+    colours = ListedColormap(CLASS_COLOURS[: len(names)])
+    ax.imshow(_numpy(classes), cmap=colours, vmin=-0.5, vmax=len(names) - 0.5)
+    for number, name in enumerate(names[1:], start=1):
+        for row, column in _middles(classes == number):
+            ax.text(column, row, name[0], ha="center", va="center", fontsize=7, color="white", weight="bold")
+    return ax
 
 
 def feature_map(x: Tensor, ax: Axes | None = None, title: str = "", limits: tuple[float, float] | None = None) -> Axes:
@@ -389,6 +423,33 @@ def curves(
     return ax
 
 
+def on_grid(weight: Tensor, values: Tensor, ax: Axes | None = None, title: str = "", colour: str = BLUE) -> Axes:
+    """How often weights occur, and the values "n" that they are rounded to, as upright lines."""
+    ax = ax or plt.gca()
+    ax.hist(_numpy(weight.flatten()), 90, color=colour)
+    ax.vlines(_numpy(values), 0, ax.get_ylim()[1], color=INK, linewidth=0.8)
+    ax.set(title=title, xlabel="weight", yticks=[])
+    return ax
+
+
+def noise_by_crest(
+    channels: Mapping[str, Mapping[int, tuple[Tensor, Tensor]]], ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """Rounding noise of channels by their crest, on the formula's lines: (crest "o", noise "o") by variant and bits."""
+    ax, limits = ax or plt.gca(), (1.6, 7)
+    for (name, of_bits), marker in zip(channels.items(), "o^sD"):
+        for crest, noise in of_bits.values():
+            ax.plot(_numpy(crest), _numpy(noise), marker, color=VARIANTS[name][0], markersize=3.5)
+    for bits in next(iter(channels.values())):
+        line = [crest / (2 ** (bits - 1) - 0.5) / 12**0.5 for crest in limits]
+        ax.loglog(limits, line, color=INK, linewidth=1)
+        ax.text(limits[0], 1.2 * line[0], f"{bits} bits")
+    ax.set_xticks([2, 3, 4, 6], ["2", "3", "4", "6"])
+    ax.minorticks_off()
+    ax.set(title=title, xlabel="crest of a channel")
+    return ax
+
+
 def strip(groups: Mapping[str, Mapping[int, float]], ax: Axes | None = None, title: str = "", unit: str = "") -> Axes:
     """Measurements by variant and seed: a dot for each, thin lines that join one seed's, a bar at each mean."""
     ax, columns = ax or plt.gca(), list(groups.values())
@@ -596,6 +657,13 @@ def forward_graph(
     return ax
 
 
+def same_height(axes: Sequence[Axes]) -> None:
+    """One vertical range for all panels, the union of theirs."""
+    limits = [ax.get_ylim() for ax in axes]
+    for ax in axes:
+        ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
 def one_scale(axes: Iterable[Axes]) -> None:
     """Give diagrams the scale of the widest."""
     axes = list(axes)
@@ -732,6 +800,15 @@ def _bare(ax: Axes | None, title: str) -> Axes:
     ax.set_title(title)
     ax.set_axis_off()
     return ax
+
+
+def _middles(inside: Tensor, smallest: int = 12) -> list[tuple[float, float]]:
+    """The middle (row, column) of each connected patch of at least so many pixels."""
+    from scipy import ndimage
+
+    patches, number = ndimage.label(inside.cpu().numpy())
+    kept = [n for n in range(1, number + 1) if (patches == n).sum() >= smallest]
+    return ndimage.center_of_mass(patches > 0, patches, kept) if kept else []
 
 
 def _numpy(x: Tensor):

@@ -11,24 +11,26 @@ from pathlib import Path
 import torch
 
 import dbb
+from dbb.tasks import key_of
 from dbb.train import Trainer
 
 RUNS = "runs.jsonl"
 
 
-def record(trainer: Trainer, folded_accuracy: float) -> dict:
+def record(trainer: Trainer, folded_score: float) -> dict:
     """What a finished run was, on what, and what came of it.
 
-    seconds and images_per_second count training, without testing, over all sittings; accuracies are shares of 1.
+    seconds and images_per_second count training, without testing, over all sittings; scores are shares of 1.
     """
     recipe, state = trainer.recipe, trainer.state
+    key = key_of(recipe.as_dict())
     return {
         "recipe": recipe.as_dict(),
         "data": trainer.data_facts(),
         "images": {"train": len(trainer.train_images), "test": len(trainer.test_images)},
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "test_accuracy": state.history[-1]["test_accuracy"],
-        "folded_test_accuracy": folded_accuracy,
+        key: state.history[-1][key],
+        f"folded_{key}": folded_score,
         "epochs": state.history,
         "seconds": round(state.seconds, 3),
         "images_per_second": round(recipe.epochs * len(trainer.batches) * recipe.batch_size / state.seconds, 1),
@@ -42,10 +44,10 @@ def record(trainer: Trainer, folded_accuracy: float) -> dict:
     }
 
 
-def append(folder: Path, line: dict) -> Path:
-    """Add a record to `runs.jsonl` in `folder`, as one line, in one write; return the file."""
+def append(folder: Path, line: dict, name: str = RUNS) -> Path:
+    """Add a record to the file `name` in `folder`, as one line, in one write; return the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RUNS
+    path = folder / name
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(handle, (json.dumps(line, ensure_ascii=False) + "\n").encode())
@@ -54,10 +56,15 @@ def append(folder: Path, line: dict) -> Path:
     return path
 
 
-def read(folder: Path) -> list[dict]:
-    """All records of `runs.jsonl` in `folder`, in their order; none where there is no such file."""
-    path = folder / RUNS
+def read(folder: Path, name: str = RUNS) -> list[dict]:
+    """All records of the file `name` in `folder`, in their order; none where there is no such file."""
+    path = folder / name
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def score_of(record: dict) -> float:
+    """The score of a finished run, a share of 1: accuracy, AP or mIoU, as its task has it."""
+    return record[key_of(record["recipe"])]
 
 
 def hardware(device: str) -> str:

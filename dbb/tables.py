@@ -11,6 +11,7 @@ import torch
 
 from dbb import matrix
 from dbb.claims import CANNOT, PENDING, Finding
+from dbb.results import score_of
 
 Cell = tuple[str, str]
 Place = tuple[str, str]
@@ -30,7 +31,7 @@ def published_gap(cells: Mapping[Place, Mapping[str, str]], one: Place, other: P
 def recorded_accuracy(experiment: matrix.Experiment, variant: str, records: Sequence[dict]) -> Cell:
     """Mean and spread of a variant's recorded accuracies in %, and over how many seeds; pending where there is none."""
     runs = [run for run in experiment.runs if run.variant == variant]
-    found = [100 * record["test_accuracy"] for run in runs if (record := matrix.find_record(run, records))]
+    found = [100 * score_of(record) for run in runs if (record := matrix.find_record(run, records))]
     if not found:
         return "", PENDING
     spread = f" ± {torch.tensor(found, dtype=torch.float64).std():.2f}" if len(found) > 1 else ""

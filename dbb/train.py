@@ -31,7 +31,8 @@ from dbb.figures import write_atomically
 from dbb.imagenet import FileBatches
 from dbb.recipes import TrainingRecipe
 from dbb.sampling import generator
-from dbb.surgery import reparameterize
+from dbb.surgery import freeze_norms, reparameterize
+from dbb.tasks import Task, key_of, word_of
 
 RESUME, METRICS, MODEL, RECORD = "resume.pt", "metrics.jsonl", "model.safetensors", "record.json"
 TEST_BATCH = 256  # a process
@@ -39,6 +40,11 @@ STEPS_BETWEEN_TALKS = 10  # of processes that train together
 FORMS_AGREE = 1e-3  # in accuracy: rounding may tip an image that stands between two classes
 LONG = 60  # seconds after which a run shows a bar also where no terminal is, and each bar leaves a trace
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the learning rate at that share of the run
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "poly": lambda done: (1 - done) ** 0.9,
+    "steps": lambda done: 0.1 ** ((done >= 81 / 126) + (done >= 108 / 126)),
+}
 
 
 class TrainingStoppedError(Exception):
@@ -83,9 +89,10 @@ class Hardware:
         dtype = PRECISIONS[self.precision]
         return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
-    def laid_out(self, images: Tensor) -> Tensor:
-        """The images in the memory layout of the model."""
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+    def laid_out(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """The images in the memory layout of the model; a list, as detectors take it, is left to them."""
+        last = self.channels_last and isinstance(images, Tensor)
+        return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
 @dataclass
@@ -122,7 +129,7 @@ class Trainer:
         say: Callable[[dict], None] = lambda line: None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.recipe, self.folder, self.say, self.tick = recipe, folder, say, tick
+        self.recipe, self.task, self.folder, self.say, self.tick = recipe, task_of(recipe), folder, say, tick
         self.hardware = hardware or Hardware()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if recipe.train_images:
@@ -141,12 +148,13 @@ class Trainer:
         share |= {"device": hardware.device, "size": recipe.image_size, "workers": hardware.workers}
         shuffled = {"train": True, "augmentation": recipe.augmentation, "seed": recipe.seed}
         self.batches = self.train_images.batches(recipe.batch_size, **shuffled, **share)
-        self.tests = self.test_images.batches(TEST_BATCH * self.world, **share)
+        self.tests = self.test_images.batches(self.task.test_batch * self.world, **share)
 
     def _make_model(self, synchronise: Callable[[nn.Module], nn.Module] | None) -> None:
         recipe, hardware = self.recipe, self.hardware
         torch.manual_seed(recipe.seed)
         model = recipe.build_model(len(self.train_images.classes))
+        _start_backbone(model, recipe)
         if self.world > 1 and synchronise is None and hardware.device.startswith("cuda"):
             synchronise = nn.SyncBatchNorm.convert_sync_batchnorm
         model = synchronise(model) if synchronise else model
@@ -195,10 +203,12 @@ class Trainer:
 
     def _train_epoch(self, asked_to_stop: threading.Event) -> None:
         self.trained.train()
+        if self.recipe.frozen_norms:
+            freeze_norms(self.model.backbone)
         saved = started = time.perf_counter()
         loss = torch.tensor(self.state.loss, dtype=torch.float64, device=self.hardware.device)
-        for images, labels in self.batches.epoch(self.state.epoch, self.state.step):
-            loss += self._train_step(images, labels)
+        for images, targets in self.batches.epoch(self.state.epoch, self.state.step):
+            loss += self._train_step(images, targets)
             self.state.step += 1
             self.tick()
             now = time.perf_counter()
@@ -228,13 +238,13 @@ class Trainer:
         state.seconds += time.perf_counter() - started
         state.epoch, state.step, state.loss = state.epoch + 1, 0, 0.0
         tested = state.epoch % recipe.test_every == 0 or state.epoch == recipe.epochs
-        accuracy, test_loss = self.evaluate(self.best_model) if tested else (None, None)
+        score, test_loss = self.evaluate(self.best_model) if tested else (None, None)
         state.history.append(
             {
                 "epoch": state.epoch,
                 "train_loss": loss,
                 "test_loss": test_loss,
-                "test_accuracy": accuracy,
+                key_of(recipe.as_dict()): score,
                 "lr": self.learning_rate(state.epoch * len(self.batches) - 1),
                 "seconds": round(state.seconds, 3),
             }
@@ -243,21 +253,21 @@ class Trainer:
             self.say(state.history[-1])
         self._save()
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _train_step(self, images: Tensor | list, targets: Tensor | list) -> Tensor:
         """One step; answers the loss."""
         recipe, state, pieces = self.recipe, self.state, self.hardware.accumulate
         torch.manual_seed(generator(recipe.seed, state.epoch, state.step, self.rank).initial_seed())  # for dropout
         lr = self.learning_rate(state.epoch * len(self.batches) + state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        total = torch.zeros((), device=images.device)
-        for x, y in zip(images.chunk(pieces), labels.chunk(pieces)):
+        total = torch.zeros((), device=self.hardware.device)
+        for x, y in zip(_in_pieces(images, pieces), _in_pieces(targets, pieces)):
             with self.hardware.autocast():
-                loss = F.cross_entropy(
-                    self.trained(self.hardware.laid_out(x)), y, label_smoothing=recipe.label_smoothing
-                )
+                loss = self.task.loss(self.trained, self.hardware.laid_out(x), y, recipe)
             (loss * (len(x) / len(images))).backward()
             total += loss.detach() * (len(x) / len(images))
+        if recipe.largest_gradient:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.largest_gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
@@ -265,16 +275,16 @@ class Trainer:
         return total
 
     def learning_rate(self, step: int) -> float:
-        """At that step of the whole run: a rise, then half a cosine that ends at zero."""
+        """At that step of the whole run: a rise, then the schedule of the recipe."""
         per_epoch = len(self.batches)
         warmup, total = self.recipe.warmup_epochs * per_epoch, self.recipe.epochs * per_epoch
         if step < warmup:
             return self.recipe.lr * (step + 1) / warmup
-        return self.recipe.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return self.recipe.lr * SCHEDULES[self.recipe.schedule]((step - warmup) / (total - warmup))
 
-    def evaluate(self, model: nn.Module) -> tuple[float, float]:
-        """Accuracy and mean loss on the test images, see `evaluate`."""
-        return evaluate(model, self.tests, self.hardware)
+    def evaluate(self, model: nn.Module) -> tuple[float, float | None]:
+        """Score and mean loss on the test images, as the task has them: accuracy for classes, see `evaluate`."""
+        return self.task.evaluate(model, self.tests, self.hardware)
 
     # What is kept
 
@@ -360,7 +370,7 @@ def launch(
     from tqdm import tqdm
 
     with _processes(hardware or Hardware()) as (hardware, first):
-        train_images, test_images = load(recipe.data, root, recipe.streamed)
+        train_images, test_images = task_of(recipe).load(recipe, root)
         trainer = Trainer(recipe, train_images, test_images, folder, hardware)
         done, steps = trainer.state.epoch * len(trainer.batches) + trainer.state.step, len(trainer.batches)
         about = {"desc": f"{recipe.name} {recipe.block}", "total": recipe.epochs * steps, "initial": done}
@@ -371,8 +381,8 @@ def launch(
             model = trainer.run()
         if done == recipe.epochs * steps and (folder / RECORD).exists():
             return json.loads((folder / RECORD).read_text(encoding="utf-8"))  # it was finished before
-        folded_accuracy, _ = trainer.evaluate(reparameterize(model))
-        return _keep(trainer, model, folded_accuracy, results) if first else None
+        folded_score, _ = trainer.evaluate(reparameterize(model))
+        return _keep(trainer, model, folded_score, results) if first else None
 
 
 @torch.no_grad()
@@ -394,7 +404,7 @@ def evaluate(model: nn.Module, batches: Batches | FileBatches, hardware: Hardwar
 def score(
     checkpoint: Path, data: str | None = None, root: str | Path = "data/cache", hardware: Hardware | None = None
 ) -> dict[str, float]:
-    """The accuracy of a saved model on the test images, by form: {"training": ..., "folded": ...}.
+    """The score of a saved model on the test images, by form: {"training": ..., "folded": ...}.
 
     data: other data than the model was trained on. A file in training form is scored in both forms.
     Raises ValueError for a file, or data, that does not fit, and TrainingError where the two forms disagree.
@@ -408,7 +418,8 @@ def score(
         raise ValueError(
             f"{checkpoint} does not say what its images were normalised by: score one of `dbb train`'s files"
         )
-    _, images = load(data or recipe.data, root, recipe.streamed)
+    task = task_of(recipe)
+    _, images = task.load(recipe.with_changes(data=str(data or recipe.data)), root)
     unnamed = "authors" in about and len(images.classes) == len(about["classes"])  # their files tell only how many
     if images.classes != tuple(about["classes"]) and not unnamed:
         raise ValueError(
@@ -417,13 +428,50 @@ def score(
         )
     mean, std = map(torch.tensor, about["normalised_by"])
     place = {"device": hardware.device, "size": recipe.image_size, "workers": hardware.workers}
-    tests = images.batches(TEST_BATCH, mean=mean, std=std, **place)
-    scores = {about["form"]: evaluate(model, tests, hardware)[0]}
+    tests = images.batches(task.test_batch, mean=mean, std=std, **place)
+    scores = {about["form"]: task.evaluate(model, tests, hardware)[0]}
     if about["form"] == "training":
-        scores["folded"] = evaluate(reparameterize(model), tests, hardware)[0]
+        scores["folded"] = task.evaluate(reparameterize(model), tests, hardware)[0]
     if max(scores.values()) - min(scores.values()) > FORMS_AGREE:
         raise TrainingError(f"{checkpoint}: the two forms disagree, {scores}: the fold must be wrong, please report it")
     return scores
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, recipe: TrainingRecipe) -> Tensor:
+    return F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
+
+
+CLASSIFY = Task(TEST_BATCH, lambda recipe, root: load(recipe.data, root, recipe.streamed), _loss, evaluate)
+
+
+def task_of(recipe: TrainingRecipe) -> Task:
+    """What the recipe trains for."""
+    if recipe.task == "classify":
+        return CLASSIFY
+    from dbb.detect import TASKS
+
+    return TASKS[recipe.task]
+
+
+def _in_pieces(batch: Tensor | list, number: int) -> list:
+    """A batch in so many pieces, or fewer, as `torch.chunk` cuts it."""
+    if isinstance(batch, Tensor):
+        return list(batch.chunk(number))
+    size = math.ceil(len(batch) / number)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def _start_backbone(model: nn.Module, recipe: TrainingRecipe) -> None:
+    """Load the weights that the recipe starts from; refuses frozen norms without any."""
+    if recipe.starts_from:
+        from dbb.detect import load_backbone
+
+        load_backbone(model, Path(recipe.starts_from.format(block=recipe.block)), recipe.block)
+    elif recipe.frozen_norms:
+        raise ValueError(
+            f"frozen_norms=True keeps the statistics of a trained backbone, and {recipe.name} has none: name its file "
+            f"with starts_from=, or train with frozen_norms=False"
+        )
 
 
 def _board(folder: Path):
@@ -437,7 +485,9 @@ def _board(folder: Path):
 
 def _say(trainer: Trainer, bar, board, line: dict) -> None:
     """Show the last epoch in the progress bar, and keep all of them in a file, one JSON line each."""
-    tested = {} if line["test_accuracy"] is None else {"accuracy": f"{line['test_accuracy']:.2%}"}
+    about = trainer.recipe.as_dict()
+    score = line[key_of(about)]
+    tested = {} if score is None else {word_of(about): f"{score:.2%}"}
     bar.set_postfix(loss=f"{line['train_loss']:.3f}", **tested, refresh=False)  # shown with the next step
     lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.state.history)
     write_atomically(trainer.folder / METRICS, lines.encode())
@@ -448,13 +498,13 @@ def _say(trainer: Trainer, bar, board, line: dict) -> None:
         board.flush()
 
 
-def _keep(trainer: Trainer, model: nn.Module, folded_accuracy: float, results: Path | None) -> dict:
+def _keep(trainer: Trainer, model: nn.Module, folded_score: float, results: Path | None) -> dict:
     """Write down the model and what came of the run."""
     from dbb.checkpoint import save_model
     from dbb.results import append, record
 
-    line = record(trainer, folded_accuracy)
-    facts = {"data": line["data"], "test_accuracy": line["test_accuracy"], "commit": line["commit"]}
+    line, key = record(trainer, folded_score), key_of(trainer.recipe.as_dict())
+    facts = {"data": line["data"], key: line[key], "commit": line["commit"]}
     facts["normalised_by"] = [value.tolist() for value in trainer.train_images.mean_and_std()]
     save_model(trainer.folder / MODEL, model, trainer.recipe, trainer.train_images.classes, **facts)
     if results:

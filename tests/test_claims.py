@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import nbformat
 import pytest
+import torch
 
 from dbb import claims
 from dbb.blocks import ConvBlock
@@ -106,6 +107,33 @@ def test_a_few_seeds_decide_nothing(project):
         assert status(project, "small") == wanted
 
 
+def test_pairs_of_other_records_are_judged(project):
+    """By their sign, and not while they are few."""
+    path = project / "data/results/quantization.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    bits = [line for line in lines if line["kind"] == "bits" and line["method"] == "post"]
+    for number, size, wanted in ((12, 0.1, HOLDS), (12, -0.1, DIFFERS), (4, 0.1, UNDECIDED), (0, 0.1, PENDING)):
+        kept = [line | {"accuracy": line["before"]} for line in bits if line["seed"] < number]
+        for line in kept:
+            line["accuracy"] -= (size + line["seed"] / 1000) * (line["block"] == "dbb")
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        assert status(project, "few-bits") == wanted
+
+
+def test_pairs_are_in_points_and_without_records_there_are_none(project):
+    path = project / "data/results/quantization.jsonl"
+    (claim,) = [claim for claim in claims.ledger(project) if claim.id == "qat"]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        line | {"accuracy": 0.5 + 0.25 * (line.get("method") == "qat")} for line in lines if line.get("seed") in (0, 1)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    differences, found = claims.pairs(claim, project)
+    assert differences == [25, 25] and (found.difference, found.seeds) == (0.25, 2)
+    path.unlink()
+    assert claims.pairs(claim, project) == ([], None)
+
+
 def test_a_changed_cell_of_the_paper_is_noticed(project):
     path = project / "data/paper/table2.csv"
     path.write_text(path.read_text().replace("94.62", "94.92"))
@@ -132,6 +160,7 @@ def test_the_checks_can_fail(monkeypatch):
         "same-network": ("dbb.reparameterize", lambda model: model),
         "border": ("dbb.verify.randomize_norms_", lambda module: module),  # fresh norms hide the border
         "nonlinear-in-training": ("torch.nn.BatchNorm2d.forward", lambda self, x: x),
+        "codes": ("dbb.quantize.Grid.scale", lambda self, weight: weight.abs().mean() * torch.rand(())),
     }
     for id_, (place, wrong) in broken.items():
         assert status(ROOT, id_) == HOLDS

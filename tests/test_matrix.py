@@ -100,6 +100,34 @@ def test_a_verdict_leaves_zero_out(shift, verdict):
     assert replace(compare(EXPERIMENT, records)[1], seeds=matrix.FEWEST_SEEDS).verdict == verdict
 
 
+def records_of(**scores: list[float]) -> list[dict]:
+    return [
+        {"seed": seed, "block": block, "data": {"name": "digits"}, "accuracy": score, "before": 0.5}
+        for block, of_seeds in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+
+
+def test_other_records_are_compared_by_what_they_hold():
+    records = records_of(plain=[0.50, 0.60, 0.70], dbb=[0.52, 0.61, 0.75, 0.99])
+    records += [r | {"data": {"name": "other"}, "accuracy": 0.0} for r in records]
+    wanted = [{"block": block, "data": {"name": "digits"}} for block in ("dbb", "plain")]
+    dots, found = matrix.compare_records(records[::-1], *wanted)
+    assert dots == pytest.approx([0.02, 0.01, 0.05])
+    assert (found.seeds, found.seconds) == (3, None)
+    assert (found.difference, found.low, found.high) == pytest.approx(matrix.paired(torch.tensor(dots).double()))
+    assert found.mean == pytest.approx((0.52 + 0.61 + 0.75) / 3)
+    assert matrix.compare_records(records, wanted[0], {"block": "acb"}) == ([], None)
+    assert matrix.compare_records(records, wanted[0] | {"bits": 8}, wanted[1]) == ([], None)
+
+
+def test_a_value_may_be_taken_less_another_and_the_last_record_counts():
+    records = records_of(plain=[0.4], dbb=[0.9])
+    records += [records[1] | {"accuracy": 0.6, "before": 0.3}]
+    dots, found = matrix.compare_records(records, {"block": "dbb"}, {"block": "plain"}, "accuracy", "before")
+    assert dots == pytest.approx([0.4]) and found.low is None and found.spread is None
+
+
 def test_only_seeds_that_all_variants_have_are_compared():
     records = [line_of(run) for run in EXPERIMENT.runs[:3]]
     assert [c.seeds for c in compare(EXPERIMENT, records)] == [1, 1]
@@ -194,6 +222,12 @@ def test_the_command_lists(here, capsys):
     assert main(["reproduce", "--select", "nothing"]) == 2
     assert "no run has 'nothing' in its name" in capsys.readouterr().err
     assert main(["reproduce", "--budget", "9"]) == 2
+
+
+def test_records_lie_in_files_of_any_name(tmp_path):
+    append(tmp_path, {"a": 1}, "other.jsonl")
+    append(tmp_path, {"a": 2}, "other.jsonl")
+    assert read(tmp_path, "other.jsonl") == [{"a": 1}, {"a": 2}] and read(tmp_path) == []
 
 
 def test_the_records_kept_are_of_runs_of_the_matrix():

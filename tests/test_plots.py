@@ -253,3 +253,60 @@ def test_verdicts_say_what_the_comparison_says(ax):
         [[1.0, 0], [3.0, 0]],
         [[1.0, 1], [3.0, 1]],
     ]
+
+
+def test_boxes_lie_where_they_are_on_the_pixels(ax):
+    plots.boxed(torch.zeros(3, 20, 30), torch.tensor([[2.0, 3.0, 12.0, 8.0]]), ["dog"], ax)
+    (box,), (word,) = ax.patches, ax.texts
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (1.5, 2.5, 10, 5)  # a pixel reaches half to each side
+    assert (word.get_text(), word.get_position()) == ("dog", (2, 3))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        plots.boxed(torch.zeros(3, 20, 30), torch.zeros(2, 4), ["one"], ax)
+
+
+def test_patches_of_a_class_have_its_colour_and_its_letter(ax):
+    """Two patches of one class, one of another, and one that is too small to write on."""
+    classes = torch.zeros(20, 20, dtype=torch.int64)
+    classes[:4, :4] = classes[10:15, 10:14] = 1
+    classes[:4, 10:14], classes[19, 19] = 2, 2
+    plots.class_map(classes, ("background", "cat", "dog"), ax)
+    assert sorted((text.get_text(), *text.get_position()) for text in ax.texts) == [
+        ("c", 1.5, 1.5), ("c", 11.5, 12.0), ("d", 11.5, 1.5)
+    ]  # fmt: skip
+    (image,) = ax.images
+    for number in range(3):
+        assert image.cmap(image.norm(number))[:3] == pytest.approx(to_rgb(plots.CLASS_COLOURS[number]))
+
+
+def test_colours_of_classes_differ_in_grey():
+    """From the background and from the letters on them."""
+    grey = [0.3 * r + 0.59 * g + 0.11 * b for r, g, b in map(to_rgb, plots.CLASS_COLOURS)]
+    assert all(grey[0] - value > 0.25 and value < 0.75 for value in grey[1:])
+
+
+def test_weights_lie_on_their_grid(ax):
+    weight = torch.linspace(-1, 1, 900).reshape(3, 300)
+    plots.on_grid(weight, torch.tensor([-0.5, 0.0, 0.5]), ax, "title", plots.RED)
+    assert sum(patch.get_height() for patch in ax.patches) == 900
+    (lines,) = ax.collections
+    assert [line.vertices[0, 0] for line in lines.get_paths()] == [-0.5, 0.0, 0.5]
+    assert ax.get_title() == "title" and to_rgb(ax.patches[0].get_facecolor()) == to_rgb(plots.RED)
+
+
+def test_noise_that_follows_the_formula_lies_on_its_line(ax):
+    crests = torch.tensor([2.0, 3.0])
+    of_bits = {bits: (crests, crests / (2 ** (bits - 1) - 0.5) / 12**0.5) for bits in (8, 4)}
+    plots.noise_by_crest({"plain": of_bits, "dbb": of_bits}, ax)
+    marks, formula = ax.lines[:4], ax.lines[4:]
+    assert [text.get_text() for text in ax.texts] == ["8 bits", "4 bits"] and len(formula) == 2
+    for mark in marks:
+        slopes = [line.get_ydata()[0] / line.get_xdata()[0] for line in formula]
+        assert any(mark.get_ydata() / mark.get_xdata() == pytest.approx([slope] * 2) for slope in slopes)
+    assert {mark.get_color() for mark in marks} == {plots.VARIANTS[kind][0] for kind in ("plain", "dbb")}
+
+
+def test_panels_take_one_height():
+    _, axes = plots.panels(1, 2)
+    axes[0].set_ylim(0, 1), axes[1].set_ylim(-2, 0.5)
+    plots.same_height(axes)
+    assert [ax.get_ylim() for ax in axes] == [(-2, 1)] * 2
