@@ -16,7 +16,8 @@ kernels for some grids: those that the blocks fold to ("qat"), each branch's own
 ("qat_folded").
 All finetuning has the same length and rate; the rate is the best for "qat" of those tried on two seeds at half the
 width, and not far from the best for the others. At the recipe's rate of training, blocks learn the digits less well
-than plain convolutions do; "digits_slow" trains both at a third of it, where they do not, and quantizes them as is.
+than plain convolutions do; "digits_slow" trains both at a third of it, where they differ little, and quantizes them
+as is.
 
 "channels": trained from the start with proximal steps of the group lasso on merged channels or on those of the
 branches, then folded and cut. "decay": weight decay on the blocks' kernels, the branches' own or the merged one.

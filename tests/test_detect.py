@@ -287,7 +287,7 @@ def test_a_gradient_that_is_too_long_is_shortened(scenes, tmp_path):
     steps = {}
     for longest in (None, 1e-3):
         chosen = recipe("scenes_detect", data=str(scenes), **TINY | {"batch_size": 8}, train_images=None, momentum=0.0,
-                        weight_decay=0.0, warmup_epochs=0, largest_gradient=longest)  # fmt: skip
+                        weight_decay=0.0, largest_gradient=longest)  # fmt: skip
         trainer = Trainer(chosen, *task_of(chosen).load(chosen, tmp_path), hardware=ALONE)
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer._train_step(*next(iter(trainer.batches.epoch(0))))

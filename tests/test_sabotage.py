@@ -384,6 +384,30 @@ FAULTS = [
         "tests/test_steps.py::test_second_moments_are_centred_and_in_float32",
         "14",
     ),
+    Fault(
+        "the kernel that is trained is not rounded",
+        "quantize.py",
+        "kernel, (folded,) = self.grid.round(kernel), self.folded",
+        "(folded,) = self.folded",
+        "tests/test_quantize.py::test_the_gradient_is_that_of_the_fold",
+        "17",
+    ),
+    Fault(
+        "a channel's shift is not shrunk with its scale",
+        "prune.py",
+        "            norm.bias *= kept\n",
+        "",
+        "tests/test_prune.py::test_it_is_the_proximal_step",
+        "17",
+    ),
+    Fault(
+        "a stride that is taken out leaves no dilation",
+        "detect.py",
+        "dilation *= conv.stride[0]",
+        "dilation = 1",
+        "tests/test_detect.py::test_a_resnet18_without_strides_answers_the_same_at_the_places_that_it_had",
+        "18",
+    ),
 ]
 TAUGHT = [fault for fault in FAULTS if fault.notebook]
 
