@@ -269,8 +269,8 @@ FAULTS = [
     Fault(
         "differences are not paired by seed",
         "matrix.py",
-        "values - accuracy[baseline]",
-        "values - accuracy[baseline].mean()",
+        "values - score[baseline]",
+        "values - score[baseline].mean()",
         "tests/test_matrix.py::test_differences_are_paired",
         "11",
     ),
