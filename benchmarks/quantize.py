@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import platform
 import statistics
 import time
@@ -39,7 +38,6 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dbb
@@ -48,7 +46,7 @@ from dbb.data import ImageSet, load
 from dbb.matrix import seconds as seconds_of
 from dbb.models import build_model, input_shape
 from dbb.prune import blocks, channel_sizes, decay_merged_, remove_channels, shrink_channels_
-from dbb.quantize import Grid, convert_qat, insert_norms, post_training, prepare_qat
+from dbb.quantize import Grid, convert_qat, crest, finetune, insert_norms, post_training, prepare_qat
 from dbb.recipes import TrainingRecipe, recipe
 from dbb.results import append, commit, hardware, read
 from dbb.train import MODEL, Trainer, launch
@@ -189,26 +187,20 @@ def trained_network(job: Job, root: Path) -> nn.Module:
 
 
 def finetuned(model: nn.Module, images: Images, recipe: TrainingRecipe, epochs: int) -> nn.Module:
-    """The model after some epochs of SGD, whose rate falls along a cosine to zero."""
+    """The model after some epochs of `finetune`."""
     mean, std = images.train.mean_and_std()
     look = {"mean": mean, "std": std, "train": True, "augmentation": recipe.augmentation, "seed": recipe.seed + 1000}
     batches = images.train.batches(BATCH, **look)
-    optimizer, steps = torch.optim.SGD(model.train().parameters(), RATE, momentum=0.9), epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    for epoch in range(epochs):
-        for x, y in batches.epoch(epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+    finetune(model, batches, epochs * len(batches), RATE)
+    return model
 
 
 def crests(model: nn.Module) -> dict[str, list[float]]:
-    """Of each convolution: its largest weight over their root mean square, for the whole and as a mean of channels."""
-    weights = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    channel = [(w.abs().amax(1) / w.square().mean(1).sqrt().clamp_min(1e-30)).mean().item() for w in weights]
-    return {"per_tensor": [(w.abs().max() / w.square().mean().sqrt()).item() for w in weights], "per_channel": channel}
+    """The crest of each convolution, for the whole and as a mean of channels."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return {
+        name: [crest(w, name == "per_channel").mean().item() for w in weights] for name in ("per_tensor", "per_channel")
+    }
 
 
 # Channels, and decay

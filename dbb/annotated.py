@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dbb.data import find_folder
-from dbb.imagenet import MEAN, STD, FileBatches, fingerprint_of
+from dbb.imagenet import FileBatches, OnDisk, decoded, fingerprint_of
 from dbb.scenes import CLASSES, find_scenes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ GET_CITYSCAPES = (
 
 
 @dataclass(frozen=True, eq=False)
-class BoxedImages:
+class BoxedImages(OnDisk):
     """Images of a COCO annotation file.
 
     name: what to call the data in a record; path: of that file; dataset: torchvision's, which knows images and objects
@@ -85,10 +85,6 @@ class BoxedImages:
         """SHA-256 of the annotation file and of which of its images are used."""
         return hashlib.sha256(self.path.read_bytes() + json.dumps(self.ids).encode()).hexdigest()
 
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Those of ImageNet, whatever the images are: what backbones were trained with."""
-        return torch.tensor(MEAN), torch.tensor(STD)
-
     def batches(self, batch_size: int, **options) -> BoxedBatches:
         """`BoxedBatches` of it."""
         return BoxedBatches(self, batch_size, **options)
@@ -104,7 +100,7 @@ class BoxedImages:
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedImages:
+class MaskedImages(OnDisk):
     """Images, and for each a picture of the classes of its pixels.
 
     name: what to call the data in a record; folder: what `files` and `masks` lie in
@@ -132,10 +128,6 @@ class MaskedImages:
         """SHA-256 of the names and sizes of the files."""
         return fingerprint_of([*self.files, *self.masks], self.folder)
 
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Those of ImageNet, whatever the images are: what backbones were trained with."""
-        return torch.tensor(MEAN), torch.tensor(STD)
-
     def batches(self, batch_size: int, **options) -> MaskedBatches:
         """`MaskedBatches` of it."""
         return MaskedBatches(self, batch_size, **options)
@@ -144,20 +136,13 @@ class MaskedImages:
         """An image, decoded, and the class of each of its pixels: uint8 "h w"."""
         import numpy as np
 
-        values = torch.from_numpy(np.array(_decoded(self.masks[place], mode=None)))
-        return _decoded(self.files[place]), self.table[values.long()]
+        values = torch.from_numpy(np.array(decoded(self.masks[place], mode=None)))
+        return decoded(self.files[place]), self.table[values.long()]
 
 
 def _check_enough(images: BoxedImages | MaskedImages, number: int) -> None:
     if not 0 < number <= len(images):
         raise ValueError(f"{number} images are asked of {images.name}, which has {len(images)}")
-
-
-def _decoded(file: Path, mode: str | None = "RGB") -> Image:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        return image.copy() if mode is None else image.convert(mode)
 
 
 # Where they are found

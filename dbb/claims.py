@@ -10,7 +10,7 @@ import copy
 import csv
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -281,7 +281,7 @@ def fold_is_exact(root: Path) -> tuple[str, str]:
         block = DiverseBranchBlock(4, 4, **{"kernel_size": 3, "padding": 1} | geometry)
         block = randomize_norms_(block).double().eval()
         errors.append(assert_equivalent(block, block.fuse(), torch.randn(2, 4, 17, 19, dtype=torch.float64), 1.0))
-    return (HOLDS if max(errors) < 1e-10 else DIFFERS), f"off by less than {_power_of_ten(max(errors))} in float64"
+    return _exact(errors)
 
 
 def folded_is_the_plain_network(root: Path) -> tuple[str, str]:
@@ -370,15 +370,10 @@ def _steps_agree(border: str, step: Callable) -> tuple[str, str]:
     for geometry in ({}, {"stride": 2}, {"groups": 4}, {"groups": 2, "kernel_size": 5, "padding": 2}):
         options = {"kernel_size": 3, "padding": 1, "border": border, "dtype": torch.float64} | geometry
         block = randomize_norms_(DiverseBranchBlock(4, 4, **options)).train()
-        seen = []
-        for way in (BranchStep(), step):
-            x = torch.ones(2, 4, 17, 19, dtype=torch.float64).cumsum(2).sin().requires_grad_()
-            own = set_training_step(copy.deepcopy(block), way)  # a step moves the running statistics
-            y = own(x)
-            gradients = torch.autograd.grad((y * y.detach().cos()).sum(), [x, *own.parameters()])
-            seen.append(torch.cat([t.flatten() for t in (y.detach(), *gradients)]))
-        errors.append(((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item())
-    return (HOLDS if max(errors) < 1e-10 else DIFFERS), f"off by less than {_power_of_ten(max(errors))} in float64"
+        # copies, as a step moves the running statistics
+        ways = [set_training_step(copy.deepcopy(block), way) for way in (BranchStep(), step)]
+        errors.append(_step_error(*((own, own.parameters()) for own in ways)))
+    return _exact(errors)
 
 
 def frozen_step_is_one_convolution(root: Path) -> tuple[str, str]:
@@ -390,13 +385,24 @@ def frozen_step_is_one_convolution(root: Path) -> tuple[str, str]:
     for geometry in ({}, {"stride": 2}, {"groups": 4}, {"groups": 2, "kernel_size": 5, "padding": 2}):
         options = {"kernel_size": 3, "padding": 1, "dtype": torch.float64} | geometry
         block = freeze_norms(randomize_norms_(DiverseBranchBlock(4, 4, **options)).train())
+        learned = [p for p in block.parameters() if p.requires_grad]
+        errors.append(_step_error((set_training_step(block, BranchStep()), learned), (block.equivalent(), learned)))
+    return _exact(errors)
+
+
+def _step_error(*ways: tuple[Callable[[torch.Tensor], torch.Tensor], Iterable[torch.Tensor]]) -> float:
+    """How far two ways of one training step, each with its parameters, are apart in output and gradients; relative."""
+    seen = []
+    for way, parameters in ways:
         x = torch.ones(2, 4, 17, 19, dtype=torch.float64).cumsum(2).sin().requires_grad_()
-        seen = []
-        for y in (set_training_step(block, BranchStep())(x), block.equivalent()(x)):
-            learned = [p for p in block.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad((y * y.detach().cos()).sum(), [x, *learned])
-            seen.append(torch.cat([t.flatten() for t in (y.detach(), *gradients)]))
-        errors.append(((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item())
+        y = way(x)
+        gradients = torch.autograd.grad((y * y.detach().cos()).sum(), [x, *parameters])
+        seen.append(torch.cat([t.flatten() for t in (y.detach(), *gradients)]))
+    return ((seen[0] - seen[1]).abs().max() / seen[0].abs().max()).item()
+
+
+def _exact(errors: list[float]) -> tuple[str, str]:
+    """Whether errors in float64 are those of rounding."""
     return (HOLDS if max(errors) < 1e-10 else DIFFERS), f"off by less than {_power_of_ten(max(errors))} in float64"
 
 

@@ -29,8 +29,16 @@ EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836
 MOST_WORKERS = 8
 
 
+class OnDisk:
+    """Images that are too many to be measured: what all kinds of them share."""
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Those of ImageNet, whatever the images are: what everybody trains and publishes with."""
+        return torch.tensor(MEAN), torch.tensor(STD)
+
+
 @dataclass(frozen=True, eq=False)
-class ImageFiles:
+class ImageFiles(OnDisk):
     """Labelled images on disk.
 
     name: what to call the data in a record; folder: what the `files` lie in
@@ -54,24 +62,25 @@ class ImageFiles:
 
     def read(self, place: int) -> tuple[Image, Tensor]:
         """An image, decoded, and its label."""
-        from PIL import Image
-
-        with Image.open(self.files[place]) as file:
-            return file.convert("RGB"), self.labels[place]
+        return decoded(self.files[place]), self.labels[place]
 
     def fingerprint(self) -> str:
         """SHA-256 of the names and sizes of the files; their content would take an hour to read."""
         return fingerprint_of(self.files, self.folder)
-
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Those of ImageNet, whatever the images are: what everybody trains and publishes with."""
-        return torch.tensor(MEAN), torch.tensor(STD)
 
     def batches(
         self, batch_size: int, device: str = "cpu", size: int = 224, workers: int = 0, **options
     ) -> FileBatches:
         """`FileBatches` of it."""
         return FileBatches(self, batch_size, device=device, size=size, workers=workers, **options)
+
+
+def decoded(file: Path, mode: str | None = "RGB") -> Image:
+    """The image in a file, in that mode; None for the file's own."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return image.copy() if mode is None else image.convert(mode)
 
 
 def fingerprint_of(files: Sequence[Path], folder: Path) -> str:

@@ -85,9 +85,12 @@ class Grid:
 
 
 def crest(weight: Tensor, per_channel: bool = True) -> Tensor:
-    """The largest magnitude of a kernel "o ..." over its root mean square: of each channel "o", or of all, "1"."""
+    """The largest magnitude of a kernel "o ..." over its root mean square: of each channel "o", or of all, "1".
+
+    Zero for a channel that is zero.
+    """
     rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
-    return rows.abs().amax(1) / rows.square().mean(1).sqrt()
+    return rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(1e-30)
 
 
 def noise(weight: Tensor, grid: Grid) -> Tensor:

@@ -6,6 +6,8 @@ those of the project's notes on the paper: follow-ups and the authors' code wher
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from torch import nn
@@ -15,7 +17,11 @@ from dbb.tasks import SCORES
 
 AUGMENTATIONS = ("none", "shift", "crop_flip", "imagenet", "imagenet_strong", "flip", "scale_crop_flip")
 DECAY_RULES = ("by_type", "authors")
-SCHEDULES = ("cosine", "poly", "steps")
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the learning rate at that share of the run
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "poly": lambda done: (1 - done) ** 0.9,
+    "steps": lambda done: 0.1 ** ((done >= 81 / 126) + (done >= 108 / 126)),  # the paper's, on COCO
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class TrainingRecipe:
     data: "digits", "cifar10", "cifar100" or the path of an image folder; "scenes", or a folder as of COCO or Cityscapes
     batch_size: of all processes together
     lr: at the start of the schedule, which is stepped by iteration
-    schedule: "cosine" and "poly" end at zero, "steps" falls twice to a tenth (see `dbb.train`)
+    schedule: "cosine" and "poly" end at zero, "steps" falls twice to a tenth (`SCHEDULES`)
     warmup_epochs: in which lr rises from zero, before the schedule
     largest_gradient: norm to which the gradient of all parameters is shortened where it is longer; None never
     decay: "by_type" spares norms and biases; "authors" is the rule of the authors' code (see `dbb.train`)
@@ -77,10 +83,15 @@ class TrainingRecipe:
         for name in ("epochs", "batch_size", "lr", "image_size", "test_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
-        words = {"augmentation": AUGMENTATIONS, "decay": DECAY_RULES, "task": tuple(SCORES), "schedule": SCHEDULES}
+        words = {"augmentation": AUGMENTATIONS, "decay": DECAY_RULES, "task": SCORES, "schedule": SCHEDULES}
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(known)}")
+        if self.task == "classify" and (self.starts_from or self.frozen_norms):
+            raise ValueError(
+                f"starts_from={self.starts_from!r} and frozen_norms={self.frozen_norms} are about a backbone, and a "
+                f"classifier has none: leave both out, or choose the task detect or segment"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
 

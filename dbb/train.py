@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dbb.data import Batches, Images, load
 from dbb.figures import write_atomically
 from dbb.imagenet import FileBatches
-from dbb.recipes import TrainingRecipe
+from dbb.recipes import SCHEDULES, TrainingRecipe
 from dbb.sampling import generator
 from dbb.surgery import freeze_norms, reparameterize
 from dbb.tasks import Task, key_of, word_of
@@ -40,11 +40,6 @@ STEPS_BETWEEN_TALKS = 10  # of processes that train together
 FORMS_AGREE = 1e-3  # in accuracy: rounding may tip an image that stands between two classes
 LONG = 60  # seconds after which a run shows a bar also where no terminal is, and each bar leaves a trace
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the learning rate at that share of the run
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "poly": lambda done: (1 - done) ** 0.9,
-    "steps": lambda done: 0.1 ** ((done >= 81 / 126) + (done >= 108 / 126)),
-}
 
 
 class TrainingStoppedError(Exception):

@@ -16,18 +16,18 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.models.segmentation import fcn_resnet50
 
-from dbb import assert_equivalent, randomize_norms_, reparameterize
+from dbb import assert_equivalent, detect, models, randomize_norms_, reparameterize
 from dbb.annotated import IGNORED, load_boxes, load_masks
 from dbb.checkpoint import load_model, save_model
 from dbb.cli import main
 from dbb.detect import Dense, average_precision, build, find_boxes, intersection_over_union, take_strides_out
 from dbb.export import export_onnx
 from dbb.models import build_model
-from dbb.recipes import RECIPES, recipe
+from dbb.recipes import RECIPES, SCHEDULES, recipe
 from dbb.results import read, score_of
 from dbb.scenes import write_scenes
 from dbb.surgery import outermost_blocks
-from dbb.train import SCHEDULES, Hardware, Trainer, score, task_of
+from dbb.train import Hardware, Trainer, score, task_of
 from tests.conftest import ROOT
 from tests.test_annotated import cityscapes, coco
 
@@ -294,6 +294,10 @@ def test_a_gradient_that_is_too_long_is_shortened(scenes, tmp_path):
         after = trainer.model.parameters()
         steps[longest] = torch.cat([(a - b).flatten() for a, b in zip(after, before)]).norm().item()
     assert steps[1e-3] == pytest.approx(1e-3 * 0.02, rel=1e-2) and steps[None] > 10 * steps[1e-3]
+
+
+def test_the_heads_that_models_knows_are_those_that_can_be_built():
+    assert tuple(detect.HEADS) == models.HEADS
 
 
 def test_schedules():

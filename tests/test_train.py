@@ -228,7 +228,8 @@ def test_every_recipe_is_complete():
 @pytest.mark.parametrize(
     "changes, message",
     [({"lr": 0}, "lr=0 must be above 0"), ({"momentun": 1}, "no 'momentun'"), ({"decay": "all"}, "decay='all'"),
-     ({"warmup_epochs": 99}, "must be below")],
+     ({"warmup_epochs": 99}, "must be below"), ({"frozen_norms": True}, "a classifier has none"),
+     ({"starts_from": "other.safetensors"}, "starts_from='other.safetensors'.*a classifier has none")],
 )  # fmt: skip
 def test_bad_recipes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
