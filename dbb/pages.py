@@ -22,7 +22,8 @@ a { color: var(--link); } .anchor-link { visibility: hidden; padding-left: .3em;
 h1:hover .anchor-link, h2:hover .anchor-link, h3:hover .anchor-link { visibility: visible; }
 h1, h2, h3 { line-height: 1.25; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; text-align: left;
-  border-bottom: 1px solid var(--line); } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+  border-bottom: 1px solid var(--line); } td.n, th.n { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 pre { margin: 0; font: 13.5px/1.5 ui-monospace, monospace; overflow-x: auto; }
 code { font: .9em ui-monospace, monospace; background: var(--code); padding: .1em .3em; border-radius: 3px; }
 pre code { background: none; padding: 0; }
@@ -141,7 +142,7 @@ def _row(path: Path, outcome: Outcome | None) -> str:
     if outcome is None:
         empty = dict.fromkeys(("time", "cells", "checks", "figures", "status", "file"), "")
         return ROW.format(page=escape(path.stem), when="not run yet", **empty)
-    title = f"{path.stem[:2]} {escape(outcome.title)}" if outcome.title else escape(path.stem)
+    title = escape(outcome.title or path.stem)  # a title begins with the number, too
     return ROW.format(
         page=f'<a href="{path.stem}.html">{title}</a>',
         time=f"{outcome.seconds:.1f} s",
