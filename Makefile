@@ -6,6 +6,10 @@ JOBS ?= 2
 # uv, where it is installed, does in half a minute what takes pip three
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile)
 
+# Each notebook and each command starts a Python of its own. Where bytecode may not be kept, every one of them compiles
+# torch again, ten seconds of a core each; .venv is ours to keep it in.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup reproduce update test format lint lock lab site clean-notebooks
 
 help:  ## list the commands

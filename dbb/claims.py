@@ -410,7 +410,8 @@ def average_at_stride_2(root: Path) -> tuple[str, str]:
     """The scale of the 1x1-AVG branch against its block's mean, at both strides, in the networks that are kept."""
     from dbb.checkpoint import load_model
 
-    networks = [load_model(path)[0] for path in sorted((root / "data/trained").glob("*-dbb-*-training.safetensors"))]
+    paths = sorted((root / "data/trained").glob("small_cpu-dbb-*-training.safetensors"))
+    networks = [load_model(path)[0] for path in paths]
     one, two = (torch.tensor([_scale_of_average(model, stride) for model in networks]).double() for stride in (1, 2))
     gain, low, high = matrix.paired(two - one)
     words = (

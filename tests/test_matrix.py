@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from dbb import matrix
-from dbb.checkpoint import load_model
+from dbb.checkpoint import facts_of, load_model
 from dbb.cli import main
 from dbb.matrix import EXPERIMENTS, Experiment, compare, find_record, reproduce, seconds, state_of
 from dbb.recipes import TrainingRecipe, recipe
 from dbb.results import append, read
+from dbb.tasks import key_of
 from tests.conftest import ROOT
 
 TINY = recipe("digits", epochs=1, batch_size=100, train_images=200, model_options={"width": 2})
@@ -236,10 +237,22 @@ def test_the_records_kept_are_of_runs_of_the_matrix():
     runs = [run for run in matrix.all_runs() if find_record(run, records)]
     assert len(runs) == len(records) > 0
     for record in records:
-        assert record["test_accuracy"] == record["folded_test_accuracy"] == record["epochs"][-1]["test_accuracy"]
+        key = key_of(record["recipe"])
+        assert record[key] == record[f"folded_{key}"] == record["epochs"][-1][key]
         assert len(record["epochs"]) == record["recipe"]["epochs"]
         assert record["commit"] and not record["commit"].endswith("+")
         assert json.dumps(record["data"])
+
+
+@pytest.mark.parametrize("name", ["scenes_detect_cpu", "scenes_segment_cpu"])
+def test_a_detector_or_segmenter_that_is_kept_is_that_of_its_record(name):
+    (run,) = (run for run in EXPERIMENTS[name].runs if (run.variant, run.recipe.seed) == ("dbb", 0))
+    record = find_record(run, read(ROOT / "data/results"))
+    about = facts_of(path := ROOT / f"data/trained/{run.name}-training.safetensors")
+    key = key_of(about["recipe"])
+    assert (about["form"], about[key], about["commit"]) == ("training", record[key], record["commit"])
+    assert TrainingRecipe(**about["recipe"]) == run.recipe
+    assert path.stat().st_size < 2_500_000
 
 
 def test_the_network_that_is_kept_is_that_of_its_record():
