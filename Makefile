@@ -10,7 +10,9 @@ INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/py
 # torch again, ten seconds of a core each; .venv is ours to keep it in.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup reproduce update test format lint lock lab site clean-notebooks
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+.PHONY: help setup reproduce update test test-slow format lint lock lab site clean-notebooks
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,12 +33,17 @@ reproduce: setup  ## run every notebook (quick profile), redraw figures/, write 
 update: setup  ## the same, and keep the outputs in notebooks/, ready to commit
 	$(BIN)/dbb figures --update --jobs $(JOBS)
 
-test: setup  ## run all tests, among them every notebook through papermill
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+# What a change breaks, it breaks here. The rest would make whoever waits for it wait four times as long.
+test: setup  ## run every notebook through papermill, and the tests of what they stand on
+	$(PYTEST) -m "not slow"
+
+test-slow: setup  ## run all other tests: broken packages, foreign networks, long runs, JupyterLab, the site
+	$(PYTEST) -m slow
 
 # A kernel that the user once installed under the same name, python3, must not win: what JUPYTER_PATH names comes first.
-lab: setup  ## open the notebooks in JupyterLab
-	JUPYTER_PATH="$(CURDIR)/$(VENV)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(BIN)/jupyter lab notebooks
+# Who is root, as in a container, has no other user to be.
+lab: setup  ## open the notebooks in JupyterLab, the tour first
+	JUPYTER_PATH="$(CURDIR)/$(VENV)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/00_tour.ipynb notebooks
 
 site: setup  ## build the web site into build/site, from notebooks that just ran
 	$(BIN)/python docs/build.py --jobs $(JOBS)

@@ -12,6 +12,8 @@ from torch import nn
 from dbb import DiverseBranchBlock, assert_equivalent, randomize_norms_, reparameterize, replace_convs, survey_convs
 from dbb.blocks import BranchBlock
 
+pytestmark = pytest.mark.slow  # other libraries' networks
+
 CLASSES = 5
 # How many convolutions of 1 < K < 7 have a batch norm of their own behind them.
 REPLACED = {

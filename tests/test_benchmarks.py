@@ -16,6 +16,8 @@ from dbb.recipes import recipe
 from dbb.results import read
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # the scripts
+
 FIELDS = {"case", "block", "image", "batch", "device", "dtype", "layout", "way", "clock", "form", "seconds"}
 FIELDS |= {"ratio", "saved_bytes", "rounds", "threads", "hardware", "versions", "commit"}
 

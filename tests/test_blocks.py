@@ -425,6 +425,7 @@ def test_copies_and_pickles(kind, deploy):
     assert torch.equal(other(x), block(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dbb", "dbb batch border", "acb", "repvgg"])
 @pytest.mark.parametrize("groups", [1, 8])
 def test_compile(kind, groups):

@@ -25,6 +25,8 @@ from dbb.checkpoint import (
 from dbb.models import build_model
 from dbb.recipes import recipe
 
+pytestmark = pytest.mark.slow  # whole networks, through files
+
 GOLDEN = sorted(Path(__file__).with_name("golden").glob("upstream_*.json"))
 BLOCKS = {"base": "plain", "DBB": "dbb"}
 FORMS = {"train": "training", "deploy": "folded"}

@@ -31,6 +31,8 @@ from dbb.train import Hardware, Trainer, score, task_of
 from tests.conftest import ROOT
 from tests.test_annotated import cityscapes, coco
 
+pytestmark = pytest.mark.slow  # detectors and segmenters
+
 ALONE = Hardware(workers=0)
 TINY = {"epochs": 1, "batch_size": 4, "model_options": {"width": 4}, "test_every": 1, "warmup_epochs": 0}
 

@@ -10,6 +10,8 @@ from dbb import assert_equivalent, randomize_norms_, reparameterize, replace_con
 from dbb.export import export_onnx, onnx_operators, operators, run_onnx
 from dbb.models import build_model
 
+pytestmark = pytest.mark.slow  # through the compilers
+
 
 @pytest.fixture(scope="module")
 def resnet():

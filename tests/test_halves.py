@@ -9,6 +9,8 @@ from tests import halves
 from tests.conftest import ROOT
 from tests.test_train import TORCHRUN, run
 
+pytestmark = pytest.mark.slow  # processes side by side
+
 EXACT = 1e-10
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

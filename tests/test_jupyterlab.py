@@ -25,6 +25,8 @@ from tests.browser import browser, require_browser
 from tests.conftest import ROOT
 from tests.test_notebooks import CHECKED, PATHS, assert_same_picture, each_notebook
 
+pytestmark = pytest.mark.slow  # every notebook once more, in a browser
+
 PROJECT = suite.Project(ROOT)
 
 

@@ -147,6 +147,7 @@ def test_bad_budgets_are_refused(text):
         seconds(text)
 
 
+@pytest.mark.slow
 def test_the_next_runs_are_done_once(here):
     said: list[str] = []
     ended = reproduce(EXPERIMENT.runs[:2], 240, here / "results", here, jobs=2, say=said.append)
@@ -177,6 +178,7 @@ def assert_stopped_with_its_state(here: Path, said: list[str]) -> None:
     assert "stopped in epoch" in said[0] and STATE.exists() and read(here / "results") == []
 
 
+@pytest.mark.slow
 def test_out_of_time_a_run_is_stopped_with_its_state_saved(here, monkeypatch):
     real, said = time.monotonic, []
     clock = SimpleNamespace(monotonic=lambda: real() + 1000 * STATE.exists(), sleep=time.sleep)
@@ -185,6 +187,7 @@ def test_out_of_time_a_run_is_stopped_with_its_state_saved(here, monkeypatch):
     assert_stopped_with_its_state(here, said)
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_no_run_behind(here, monkeypatch):
     def sleep(pause: float) -> None:
         time.sleep(pause)
@@ -198,6 +201,7 @@ def test_interrupted_it_leaves_no_run_behind(here, monkeypatch):
     assert_stopped_with_its_state(here, said)
 
 
+@pytest.mark.slow
 def test_asked_to_end_it_leaves_no_run_behind(here, monkeypatch):
     """SIGTERM, as a batch system sends it."""
 

@@ -70,11 +70,30 @@ def test_the_top_level_is_as_promised():
     assert [name for name in wanted if not (ROOT / name).exists()] == []
 
 
-def test_ci_runs_make_test():
-    script = ROOT / ".ci/run"
-    assert os.access(script, os.X_OK) and "set -euo pipefail" in (text := script.read_text())
-    assert text.strip().endswith("make test")
-    assert "run: make test" in (ROOT / ".github/workflows/test.yml").read_text()
+def test_ci_runs_all_tests():
+    assert os.access(ROOT / ".ci/run", os.X_OK) and "set -euo pipefail" in (ROOT / ".ci/run").read_text()
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    steps = [step.get("run") for step in workflow["jobs"]["test"]["steps"]]
+    assert {"make test", "make test-slow"} <= set(steps)
+
+
+def test_what_make_test_leaves_out_make_test_slow_runs():
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory"]
+    said = {
+        target: subprocess.run([*command, target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for target in ("test", "test-slow")
+    }
+    chosen = {target: re.search(r"-m pytest .*-m (.*)", text)[1].strip('"') for target, text in said.items()}
+    assert chosen == {"test": "not slow", "test-slow": "slow"}
+
+
+def test_make_test_proves_the_algebra_and_runs_the_notebooks():
+    """Nobody marks these as slow."""
+    for name in ("affine", "fold", "golden", "blocks", "steps", "verify", "surgery", "claims", "notebooks"):
+        assert "pytestmark" not in (ROOT / f"tests/test_{name}.py").read_text(), name
+
+
+TESTS = "make --keep-going test test-slow CI=true"
 
 
 def run_ci(folder: Path, *programs: str, **env: str) -> str:
@@ -95,13 +114,13 @@ def run_ci(folder: Path, *programs: str, **env: str) -> str:
 def test_ci_gets_a_browser_where_there_is_none(tmp_path):
     done = run_ci(tmp_path).splitlines()
     assert [line.split()[1] for line in done[:-1]] == ["update", "install"] and "chromium" in done[1]
-    assert done[-1] == "make test CI=true"
+    assert done[-1] == TESTS
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mine"])
 def test_ci_takes_the_browser_that_is_there(tmp_path, name):
     env = {"DBB_CHROMIUM": str(tmp_path / "mine")} if name == "mine" else {}
-    assert run_ci(tmp_path, name, **env).splitlines() == ["make test CI=true"]
+    assert run_ci(tmp_path, name, **env).splitlines() == [TESTS]
 
 
 def test_every_target_is_in_the_help():
@@ -133,8 +152,11 @@ def test_make_lab_offers_the_kernel_of_this_environment(tmp_path):
         (tmp_path / folder / "kernel.json").write_text(json.dumps(spec))
     command = ["make", "--no-print-directory", "--dry-run", "lab", f"VENV={os.path.relpath(sys.prefix, ROOT)}"]
     recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    assert recipe.endswith("jupyter lab notebooks")
-    asked = recipe.replace("jupyter lab notebooks", "jupyter kernelspec list --json")
+    opens = r"jupyter lab( --allow-root| ) --LabApp.default_url=/lab/tree/(.*) notebooks$"
+    (_, tour), *_ = re.findall(opens, recipe)
+    assert (ROOT / "notebooks" / tour).exists()
+    asked, found = re.subn(opens, "jupyter kernelspec list --json", recipe)
+    assert found == 1 and ("--allow-root" in recipe) == (os.geteuid() == 0)
     env = {"JUPYTER_DATA_DIR": tmp_path / "data", "JUPYTER_PATH": tmp_path / "path", "JUPYTER_PREFER_ENV_PATH": "0"}
     env = os.environ | {name: str(value) for name, value in env.items()}
     done = subprocess.run(["sh", "-c", asked], cwd=ROOT, env=env, capture_output=True, text=True, check=True)

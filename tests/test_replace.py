@@ -28,6 +28,8 @@ from dbb.blocks import BLOCKS
 from dbb.surgery import Absorbed
 from tests.support import image
 
+pytestmark = pytest.mark.slow  # surgery on whole networks
+
 
 class Pair(nn.Module):
     """A convolution, its batch norm, and more around them."""

@@ -18,6 +18,8 @@ import pytest
 
 from tests.broken import ROOT, copy_package
 
+pytestmark = pytest.mark.slow  # a hundred broken packages
+
 
 @dataclass(frozen=True)
 class Fault:

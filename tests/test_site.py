@@ -19,6 +19,8 @@ from dbb import notebook as nb
 from tests.browser import browser
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # builds the site and visits it, in a browser
+
 BUILD = ROOT / "docs/build.py"
 NOTEBOOKS = [path.stem for path in suite.discover(suite.Project(ROOT))]
 SCREENS = {"a wide screen, light": (1280, "light"), "a phone, dark": (390, "dark")}

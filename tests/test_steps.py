@@ -311,6 +311,7 @@ def test_a_sequence_of_another_shape_counts_its_batch_once():
 # How they live with the rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [LeanStep(), SampledStep(64, always=True)], ids=["lean", "sampled"])
 @pytest.mark.parametrize("layer", ["merged", "in two steps", "depthwise"])
 def test_compiled(layer, step):

@@ -18,6 +18,8 @@ from dbb import cli, pages, suite
 from dbb import notebook as nb
 from tests.tiny import FIGURE, code, light_package, write
 
+pytestmark = pytest.mark.slow  # suites of small notebooks, through papermill
+
 MEET = "import pathlib, time\npathlib.Path('{}').touch()\nwhile not pathlib.Path('{}').exists(): time.sleep(0.05)"
 ENVIRONMENT = """import json, os, sys
 names = ["OMP_NUM_THREADS", "DBB_NOTEBOOK", "HERE"]

@@ -27,6 +27,8 @@ from dbb.recipes import RECIPES, recipe
 from dbb.train import Hardware, Trainer, TrainingError, launch, parameter_groups, score
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # training runs, killed and resumed
+
 TINY = {"epochs": 2, "batch_size": 50, "train_images": 200, "model_options": {"width": 4}}
 
 
