@@ -13,6 +13,8 @@ from dbb.layers import IdentityBasedConv1x1
 from dbb.recipes import recipe
 from tests.support import image
 
+pytestmark = pytest.mark.slow  # whole networks
+
 SMALL = {"model_options": {"width": 4}}
 
 

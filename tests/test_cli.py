@@ -22,6 +22,8 @@ from dbb.recipes import recipe
 from tests.broken import ROOT
 from tests.test_checkpoint import drawn
 
+pytestmark = pytest.mark.slow  # each command is a process of its own
+
 COMMANDS = ("clean", "convert", "verify", "export", "inspect", "eval")
 
 

@@ -26,6 +26,7 @@ for name, vector in (("01-fold", False), ("01-folds", True)):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_bytes(tmp_path):
     light = {"PYTHONPATH": light_package(tmp_path / "light"), "MPLBACKEND": "agg"}
     for folder in ("one", "two"):
@@ -108,6 +109,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"01-a.png" and len(list(path.parent.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_command_redraws_figures_and_twice_changes_no_byte(tmp_path, monkeypatch, capsys):
     write(tmp_path, "01_line", FIGURE.format(name="01-line", vector=False))
     write(tmp_path, "02_lines", FIGURE.format(name="02-lines", vector=True))
@@ -122,6 +124,7 @@ def test_the_command_redraws_figures_and_twice_changes_no_byte(tmp_path, monkeyp
     assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == first
 
 
+@pytest.mark.slow
 def test_a_notebook_that_fails_publishes_nothing(tmp_path, monkeypatch, capsys):
     write(tmp_path, "01_line", FIGURE.format(name="01-line", vector=False), "assert False")
     monkeypatch.chdir(tmp_path)

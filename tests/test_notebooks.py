@@ -299,6 +299,7 @@ def test_nbval_runs_a_notebook_itself(tmp_path, ledger, offline):
     assert cells == len(code_cells(QUICKEST))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["the root", "elsewhere"])
 def test_it_runs_from_another_folder(place, tmp_path, offline):
     """As `papermill notebooks/NN_name.ipynb OUT` does, whose working directory is the caller's."""

@@ -31,6 +31,8 @@ from dbb.quantize import (
     trained_codes,
 )
 
+pytestmark = pytest.mark.slow  # trains, and goes through the compilers
+
 GRIDS = [Grid(8, True), Grid(8, False), Grid(3, True), Grid(2, False)]
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}-{grid.per_channel}")
 
