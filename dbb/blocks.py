@@ -198,7 +198,10 @@ class BranchBlock(nn.Module):
         self.branches: Parallel | None = branches if isinstance(branches, Parallel) else Parallel(branches)
         self.conv: nn.Conv2d | None = None
         self.nonlinear = nonlinear
-        fold_shape(self.branches)  # refuses now what could not be folded later
+        self._check(fold_shape(self.branches))  # refuses now what could not be folded later
+
+    def _check(self, folded: Affine) -> None:
+        """Refuse branches that fold to something else than the block promises; this kind promises nothing."""
 
     @property
     def deploy(self) -> bool:
@@ -321,15 +324,18 @@ class ConvBlock(BranchBlock):
         place = "meta" if deploy else device  # branches that are only checked need no memory
         with nullcontext() if place is None else torch.device(place):
             built = _build(self.recipes(windows, **options), branches, self.default_branches(windows), windows)
+        self.windows = windows  # what the branches are held to, by `_check`
         super().__init__(built.to(dtype=dtype), nonlinear)
-        self.spec, self.windows, self.padding, self.padding_mode = spec, windows, padding, padding_mode
+        self.spec, self.padding, self.padding_mode = spec, padding, padding_mode
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
             setattr(self, name, getattr(spec, name))  # what code that meets an nn.Conv2d asks for
-        _check_windows(fold_shape(self.branches), windows)
         if gamma is not None:
             self.init_gamma(gamma)
         if deploy:
             self.branches, self.conv = None, self._plain_conv(device=device, dtype=dtype)
+
+    def _check(self, folded: Affine) -> None:
+        _check_windows(folded, self.windows)
 
     @staticmethod
     def recipes(spec: ConvSpec) -> dict[str, Recipe]:

@@ -16,7 +16,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from dbb.affine import Affine, Sides, average, identity, pair, scaling, sides, z
 Rule = Callable[[nn.Module], Affine]
 AnyRule = TypeVar("AnyRule", bound=Rule)
 RULES: dict[type[nn.Module] | str, Rule] = {}
+FEW_NUMBERS = 2**18  # a block of about 100 channels
 FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"
 
 
@@ -52,9 +52,16 @@ def fold(module: nn.Module) -> Affine:
     return _rule_of(module)(module)
 
 
+@torch.no_grad()
 def fold_shape(module: nn.Module) -> Affine:
-    """`fold` without numbers, on the meta device: raises what `fold` would raise, costs no memory and no time."""
-    tensors = chain(module.parameters(), module.buffers())
+    """`fold` for its shape alone: raises what `fold` would raise, in milliseconds however large the module is.
+
+    Without numbers, on the meta device; where there are few, with them: torch infers shapes in Python, which takes
+    longer than the numbers do, and loads its compiler for it.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if sum(t.numel() for t in tensors) <= FEW_NUMBERS and all(t.device.type == "cpu" for t in tensors):
+        return fold(module)
     hollow = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
     return fold(copy.deepcopy(module, hollow))  # deepcopy takes from its memo what it finds there: tensors without data
 

@@ -419,6 +419,7 @@ def curves(
         every = max(1, len(points) // 20)
         ax.plot(*zip(*points), color=colour, label=label, marker=marker, markersize=5, markevery=every, linewidth=1.5)
     ax.set(title=title, xlabel="epoch", ylabel=unit)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return ax
 

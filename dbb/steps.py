@@ -31,6 +31,7 @@ from dbb.affine import Affine, Axis, Pair, Sides, identity, plain_strides, sides
 from dbb.fold import conv_map, fold, is_norm, normalisation
 from dbb.layers import BiasPad, IdentityBasedConv1x1, Parallel, WindowMean, answer_to_zero
 
+SMALL = 2**18  # numbers of an input, a megabyte in float32: below, there is no memory to save
 GRIDS = 8  # that a sample has: more see more, and cost more small operations
 
 Norm = nn.modules.batchnorm._BatchNorm
@@ -115,8 +116,8 @@ class LeanStep:
     What has another shape runs as it is defined: branches of your own, SyncBatchNorm. So does a block with hooks on its
     layers, as not every layer runs here.
 
-    always: whether also where that saves memory only, and costs time: in blocks without sequences (ACB, RepVGG), and
-    where there are few pixels
+    always: whether also where that saves memory only, and costs time: in blocks without sequences (ACB, RepVGG), where
+    there are few pixels, and where the input is so small that its many small operations take longer than all numbers
     """
 
     always: bool = False
@@ -187,7 +188,8 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
 
 def _moments_pay(branches: nn.Module, x: Tensor) -> bool:
     """Whether there are sequences to shorten, and pixels enough for their moments to cost less than their answers."""
-    return any(isinstance(m, BiasPad) for m in branches.modules()) and _has_many_pixels(x)
+    shortens = any(isinstance(m, BiasPad) for m in branches.modules())
+    return shortens and x.numel() >= SMALL and _has_many_pixels(x)
 
 
 def _has_many_pixels(x: Tensor) -> bool:

@@ -148,7 +148,9 @@ def run(
     outcomes = []
     with tempfile.TemporaryDirectory(prefix=".run-", dir=build) as scratch:
         folder, longest = (cwd or project.notebooks).resolve(), timeout or PROFILES[profile]
-        tasks = [_task(path, folder, parameters[path], longest, Path(scratch)) for path in chosen]
+        # The last ones build on most and take longest: begun first, they leave no worker waiting at the end.
+        order = chosen if jobs == 1 else chosen[::-1]
+        tasks = [_task(path, folder, parameters[path], longest, Path(scratch)) for path in order]
         kernels = _kernel_environment(Path(scratch), build, min(jobs, len(tasks))) | (env or {})
         for task, answer in _work(tasks, min(jobs, len(tasks)), kernels, Path(scratch)):
             outcomes.append(_settle(task, answer, profile, build))

@@ -6,15 +6,20 @@ Papermill has run every notebook by the time that nbval compares; running each a
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections import deque
 from contextlib import redirect_stdout
 from pathlib import Path
 from queue import Empty
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 
 from dbb import notebook as nb
+from tests.conftest import ROOT
 
 
 class Replay:
@@ -61,3 +66,29 @@ def replay(options: list[str], executed: Path) -> tuple[int, str]:
     with kernel, redirect_stdout(io.StringIO()) as said:
         status = pytest.main(options)
     return int(status), said.getvalue()
+
+
+def options(path: Path, record: Path) -> list[str]:
+    """What nbval is asked for, whichever kernel answers it."""
+    asked = ["-c", os.devnull, "--rootdir", str(path.parent), "-p", "no:cacheprovider", "-q", "--tb=short"]
+    asked += ["--nbval-lax", "--nbval-current-env", f"--nbval-sanitize-with={ROOT / 'tests/nbval.cfg'}"]
+    return [*asked, f"--junitxml={record}", str(path)]
+
+
+def nbval(path: Path, folder: Path, env: dict[str, str]) -> tuple[int, str, int]:
+    """Run nbval over `path` in a process of its own; return its exit status, what it printed, how many cells it saw."""
+    record = folder / f"{path.stem}.xml"
+    command = [sys.executable, "-m", "pytest", *options(path, record)]
+    own = {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PLATFORM_DIRS": "1"}
+    done = subprocess.run(command, env=os.environ | env | own, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, cells_seen(record)
+
+
+def replayed(path: Path, executed: Path, folder: Path) -> tuple[int, str, int]:
+    """The same of nbval over `path` as stored, with the outputs of `executed` for the new ones."""
+    record = folder / f"{path.stem}.xml"
+    return *replay(options(path, record), executed), cells_seen(record)
+
+
+def cells_seen(record: Path) -> int:
+    return len(ElementTree.parse(record).findall(".//testcase"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import dbb
 from dbb import Affine, BiasPad, Concat, IdentityBasedConv1x1, Parallel, fold, randomize_norms_, rule
-from dbb.fold import RULES, fold_shape
+from dbb.fold import FEW_NUMBERS, RULES, fold_shape
 from dbb.layers import WindowMean
 from dbb.transforms import (
     transform_1_conv_norm,
@@ -92,12 +93,20 @@ def test_fold_in_training_mode_uses_running_statistics():
     assert torch.equal(fold(layer.train()).weight, fold(layer.eval()).weight)
 
 
-def test_fold_shape_reads_no_numbers_and_changes_nothing():
+@pytest.mark.parametrize("few", [0, FEW_NUMBERS], ids=["many numbers", "few numbers"])
+def test_fold_shape_changes_nothing(few, monkeypatch):
+    monkeypatch.setattr(sys.modules["dbb.fold"], "FEW_NUMBERS", few)
     layer = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
     before = copy.deepcopy(layer.state_dict())
     shape = fold_shape(layer)
-    assert shape.weight.device.type == "meta" and shape.weight.shape == (3, 2, 3, 3)
+    assert shape.weight.shape == (3, 2, 3, 3) and not shape.weight.requires_grad
+    assert shape.weight.device.type == ("cpu" if few else "meta")
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_fold_shape_of_a_large_module_computes_nothing():
+    wide = nn.Sequential(nn.Conv2d(1, 2**20, 1), nn.Conv2d(2**20, 1, 1))
+    assert fold_shape(wide).weight.device.type == "meta"
 
 
 def test_a_rule_of_ones_own():

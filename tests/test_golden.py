@@ -10,19 +10,22 @@ from safetensors import safe_open
 
 import dbb
 from dbb.reference import from_reference
+from dbb.steps import BranchStep, LeanStep, set_training_step
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.safetensors"))
 BLOCKS = {"DiverseBranchBlock": dbb.DiverseBranchBlock, "ACBlock": dbb.ACBlock}
+each_step = pytest.mark.parametrize("step", [BranchStep(), LeanStep(always=True)], ids=["branches", "lean"])
 
 
 class Golden:
     """One file: a block in the reference's words, and the same block in ours."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, step=None) -> None:
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata())
             self.tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
         self.block = BLOCKS[facts.pop("block")](**{k: int(v) for k, v in facts.items()}).to(dtype)
+        set_training_step(self.block, step or LeanStep())
         self.block.load_state_dict({from_reference(k): v for k, v in self.under("state/").items()})
         self.input = self["eval/input"].to(dtype)
 
@@ -80,16 +83,18 @@ def test_there_are_golden_files():
     assert len(FILES) == 6
 
 
+@each_step
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_float64(path):
-    found = discrepancies(Golden(path, torch.float64))
+def test_float64(path, step):
+    found = discrepancies(Golden(path, torch.float64, step))
     assert len(found) >= 20
     assert too_large(found, 1e-9, 1e-7) == {}
 
 
+@each_step
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_float32_up_to_rounding(path):
-    found = discrepancies(Golden(path, torch.float32))
+def test_float32_up_to_rounding(path, step):
+    found = discrepancies(Golden(path, torch.float32, step))
     gradients = {k: v for k, v in found.items() if k.startswith("train/grad/")}  # sums over a whole batch
     assert too_large(gradients, 1e-4, 1e-4) == {}
     assert too_large({k: v for k, v in found.items() if k not in gradients}, 1e-5, 1e-5) == {}

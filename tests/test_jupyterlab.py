@@ -21,9 +21,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from dbb import notebook as nb
 from dbb import suite
 from tests import lab as jupyter
+from tests.books import CHECKED, PATHS, each_notebook
 from tests.browser import browser, require_browser
 from tests.conftest import ROOT
-from tests.test_notebooks import CHECKED, PATHS, assert_same_picture, each_notebook
+from tests.test_notebooks import assert_same_picture
 
 pytestmark = pytest.mark.slow  # every notebook once more, in a browser
 

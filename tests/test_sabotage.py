@@ -141,7 +141,7 @@ FAULTS = [
         "layers.py",
         "return self.weight + eye",
         "return self.weight + 0 * eye",
-        "tests/test_golden.py::test_float64[dbb_dense_s1]",
+        "tests/test_golden.py::test_float64[dbb_dense_s1-branches]",
         "08",
     ),
     Fault(
@@ -156,8 +156,8 @@ FAULTS = [
         "steps.py",
         "        with torch.no_grad():\n            border = answer_to_zero",
         "        with torch.enable_grad():\n            border = answer_to_zero",
-        "tests/test_golden.py::test_float64[dbb_dense_s2]",
-        "08",
+        "tests/test_golden.py::test_float64[dbb_dense_s2-lean]",
+        "14",
     ),
     Fault(
         "equivalence is asserted, whatever the error",
@@ -281,7 +281,7 @@ FAULTS = [
         "fold.py",
         "folded >> fold(layer)",
         "fold(layer) >> folded",
-        "tests/test_golden.py::test_float64[dbb_dense_s1]",
+        "tests/test_golden.py::test_float64[dbb_dense_s1-branches]",
         "07",
     ),
     Fault(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -104,7 +105,7 @@ def test_lean_tracks_running_statistics_as_norms_do(layer, momentum):
 
 
 @each_layer
-@pytest.mark.parametrize("step", [LeanStep(), SampledStep(100, always=True)], ids=["lean", "sampled"])
+@pytest.mark.parametrize("step", [LeanStep(always=True), SampledStep(100, always=True)], ids=["lean", "sampled"])
 def test_under_autocast_it_stays_close_to_float32(layer, step):
     """bfloat16 has eight bits: an answer is off by a few hundredths of its scale, and no more."""
     block, x = build(layer)
@@ -123,7 +124,7 @@ def test_under_autocast_it_stays_close_to_float32(layer, step):
 
 def test_second_moments_are_centred_and_in_float32():
     """A channel with a large mean and a small variance: products in bfloat16, or not centred, would be noise."""
-    block = dbb.DiverseBranchBlock(4, 4, 3, padding=1).train()
+    block = set_training_step(dbb.DiverseBranchBlock(4, 4, 3, padding=1).train(), LeanStep(always=True))
     torch.manual_seed(0)
     x = (100 + torch.randn(8, 4, 16, 16)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +137,7 @@ def test_second_moments_are_centred_and_in_float32():
 def test_lean_keeps_half_of_what_the_branches_keep(layer):
     block, x = build(layer)
     branches = _saved_bytes(set_training_step(block, BranchStep()), x)
-    assert _saved_bytes(set_training_step(block, LeanStep()), x) <= branches / 2
+    assert _saved_bytes(set_training_step(block, LeanStep(always=True)), x) <= branches / 2
 
 
 @pytest.mark.parametrize("kind", [dbb.DiverseBranchBlock, dbb.ACBlock, dbb.RepVGGBlock])
@@ -193,9 +194,19 @@ def test_sampled_repeats_itself_under_a_seed():
 
 @pytest.mark.parametrize("kind, shortened", [(dbb.DiverseBranchBlock, True), (dbb.RepVGGBlock, False)])
 def test_blocks_without_sequences_are_left_as_they_are_unless_asked(kind, shortened):
-    block, x = kind(16, 16, 3, padding=1), torch.rand(4, 16, 32, 32)
+    block, x = kind(16, 16, 3, padding=1), torch.rand(16, 16, 32, 32)
     by_step = [_saved_bytes(set_training_step(block, s), x) for s in (BranchStep(), LeanStep(), LeanStep(always=True))]
     assert (by_step[1] < by_step[0]) == shortened and by_step[2] < by_step[0]
+
+
+def test_a_small_input_is_run_branch_by_branch(monkeypatch):
+    """Its memory is not worth the many small operations of the lean way: every layer runs, until there is more."""
+    ran = Counter()
+    forward = nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: (ran.update([len(x)]), forward(norm, x))[1])
+    for images in (15, 16):
+        dbb.DiverseBranchBlock(16, 16, 3, padding=1).train()(torch.rand(images, 16, 32, 32))
+    assert ran[15] == 6 > ran[16]
 
 
 def test_what_pays():
@@ -216,6 +227,7 @@ def test_where_sampling_does_not_pay_the_step_is_exact():
 
 def test_hooks_see_every_layer_run():
     block, x = build("merged")
+    set_training_step(block, LeanStep(always=True))
     seen = []
     block.branches["1x1"].bn.register_forward_hook(lambda *_: seen.append("1x1"))
     block.train()(x)
@@ -229,7 +241,7 @@ def test_frozen_norms_keep_their_statistics():
         norm.eval()
     before = {name: b.clone() for name, b in block.named_buffers()}
     wanted = copy.deepcopy(block).eval()(x.double())
-    for step in (LeanStep(), SampledStep(16, always=True)):
+    for step in (LeanStep(always=True), SampledStep(16, always=True)):
         assert torch.allclose(set_training_step(block, step)(x.double()), wanted, rtol=0, atol=1e-10)
     assert all(torch.equal(b, before[name]) for name, b in block.named_buffers())
 
@@ -239,7 +251,7 @@ def test_synchronised_norms_run_as_they_are_defined():
     block, x = build("merged", dtype=torch.float64)
     ran = []
     block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
-    assert_same_step(block, LeanStep(), x.double())
+    assert_same_step(block, LeanStep(always=True), x.double())
     forward, nn.SyncBatchNorm.forward = (
         nn.SyncBatchNorm.forward,
         lambda norm, x: (ran.append(norm), forward(norm, x))[1],
@@ -288,7 +300,7 @@ def test_a_branch_that_answers_its_input_leaves_it_alone():
     block = dbb.BranchBlock({"input": nn.Identity(), "kxk": norm}).double().train()
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     before = x.clone()
-    assert_same_step(block, LeanStep(), x)
+    assert_same_step(block, LeanStep(always=True), x)
     block(x)
     assert torch.equal(x, before)
 
@@ -305,14 +317,15 @@ def test_a_sequence_of_another_shape_counts_its_batch_once():
     prefix = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
     sequence = nn.Sequential(dbb.BiasPad(prefix, 1), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12))
     torch.manual_seed(0)
-    assert_same_step(dbb.BranchBlock({"sequence": sequence}).double(), LeanStep(), torch.randn(4, 8, 12, 12).double())
+    block, x = dbb.BranchBlock({"sequence": sequence}).double(), torch.randn(4, 8, 12, 12).double()
+    assert_same_step(block, LeanStep(always=True), x)
 
 
 # How they live with the rest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [LeanStep(), SampledStep(64, always=True)], ids=["lean", "sampled"])
+@pytest.mark.parametrize("step", [LeanStep(always=True), SampledStep(64, always=True)], ids=["lean", "sampled"])
 @pytest.mark.parametrize("layer", ["merged", "in two steps", "depthwise"])
 def test_compiled(layer, step):
     block, x = build(layer)
@@ -328,7 +341,7 @@ def test_compiled(layer, step):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-2 * p.grad.abs().max().item() + 1e-6)
 
 
-@pytest.mark.parametrize("step", [LeanStep(), SampledStep(64, always=True)], ids=["lean", "sampled"])
+@pytest.mark.parametrize("step", [LeanStep(always=True), SampledStep(64, always=True)], ids=["lean", "sampled"])
 def test_shapes_alone_on_the_meta_device(step):
     for layer in LAYERS:
         block, x = build(layer)
