@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/py
 # torch again, ten seconds of a core each; .venv is ours to keep it in.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup reproduce update test test-slow format lint lock lab site clean-notebooks
 

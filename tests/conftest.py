@@ -79,3 +79,8 @@ def pytest_terminal_summary(terminalreporter):
     for tool, times in sorted(NOTEBOOKS.items()):
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in sorted(times.items()))
         terminalreporter.write_line(f"{sum(times.values()):8.1f} s  of notebooks under {tool}: {parts}")
+
+
+def pytest_collection_modifyitems(items):
+    """The notebooks first: nothing takes longer, and everything else fits beside them."""
+    items.sort(key=lambda item: "executed" not in item.fixturenames)

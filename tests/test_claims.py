@@ -186,6 +186,7 @@ def test_wrong_entries_are_named(project):
             claims.ledger(project)
 
 
+@pytest.mark.slow
 def test_update_writes_what_is_found_and_only_that(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     assert main(["claims", "--update"]) == 0
@@ -199,6 +200,7 @@ def test_update_writes_what_is_found_and_only_that(project, monkeypatch, capsys)
     assert (project / "data/claims.toml").read_text() == text
 
 
+@pytest.mark.slow
 def test_more_networks_decide_on_the_average_at_stride_2(project, monkeypatch):
     path = project / "data/trained/small_cpu-dbb-0-training.safetensors"
     for number in range(1, claims.FEWEST_SEEDS):

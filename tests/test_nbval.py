@@ -10,8 +10,9 @@ from dbb import notebook as nb
 from tests.books import CHECKED, PATHS, QUICKEST, code_cells, read
 from tests.replay import nbval, replayed
 
+pytestmark = pytest.mark.slow  # each runs nbval
 
-@pytest.mark.slow
+
 def test_nbval_runs_a_notebook_itself(tmp_path, ledger, offline):
     """As `pytest --nbval-lax notebooks/` does, with a kernel."""
     started = time.perf_counter()

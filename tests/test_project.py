@@ -131,6 +131,7 @@ def test_every_target_is_in_the_help():
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == sorted(targets)
 
 
+@pytest.mark.slow
 def test_the_hooks_of_pre_commit_run(tmp_path):
     """Each on a clean notebook, as pre-commit would call it: from the root, with the file behind its words."""
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

@@ -108,6 +108,7 @@ def test_training_mode_is_refused():
         reparameterize(DiverseBranchBlock(4, 4, 3))
 
 
+@pytest.mark.slow
 def test_wrapped_models_are_refused():
     with pytest.raises(ValueError, match=r"wrapped in DataParallel.*fold model\.module and wrap the result"):
         reparameterize(nn.DataParallel(model()))

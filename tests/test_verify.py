@@ -159,6 +159,7 @@ def test_saved_bytes_are_those_of_the_activations():
     assert found.training.saved_bytes == found.folded.saved_bytes == 4 * (2 * 100 + 3 * 100 + 4 * 100)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_model_says_nothing_about_compilers(tmp_path):
     """Compilers of CUDA without a GPU are none of the reader's business, in a notebook least of all."""
     script = "import torch, dbb; dbb.cost(torch.nn.Conv2d(1, 1, 1), torch.ones(1, 1, 1, 1), min_seconds=0.01)"
