@@ -14,6 +14,8 @@ from torchvision.datasets import Cityscapes
 from dbb.annotated import IGNORED, load_boxes, load_masks
 from dbb.scenes import CLASSES, write_scenes
 
+pytestmark = pytest.mark.slow  # writes and reads sets of images
+
 WHOLE = {"mean": torch.zeros(3), "std": torch.ones(3)}
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests import browser
 
+pytestmark = pytest.mark.slow  # needs a browser
+
 
 @pytest.fixture
 def programs(tmp_path):

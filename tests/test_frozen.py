@@ -16,6 +16,8 @@ from dbb.blocks import BLOCKS
 from dbb.steps import BranchStep, LeanStep, set_training_step
 from tests.support import assert_folds, image
 
+pytestmark = pytest.mark.slow  # finetuning detectors
+
 
 def frozen_pair(channels: int = 4, **conv) -> nn.Sequential:
     options = {"bias": False, "padding": 1} | conv
@@ -100,7 +102,6 @@ def test_restored_it_loads_strictly_into_the_original():
     assert_equivalent(replaced, model.eval(), image(4))
 
 
-@pytest.mark.slow
 def test_a_network_of_frozen_norms():
     """As torchvision's detectors have it, traced through and through."""
     model = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
@@ -109,7 +110,6 @@ def test_a_network_of_frozen_norms():
     assert_equivalent(model, reparameterize(model), torch.rand(1, 3, 32, 32, dtype=torch.float64))
 
 
-@pytest.mark.slow
 def test_whole_detectors_and_segmenters_of_torchvision():
     with torch.device("meta"):
         detector = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)

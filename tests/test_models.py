@@ -10,6 +10,8 @@ from dbb import DiverseBranchBlock, assert_equivalent, randomize_norms_, reparam
 from dbb.blocks import BLOCKS, BranchBlock, ConvBlock
 from dbb.models import MODELS, build_model
 
+pytestmark = pytest.mark.slow  # whole networks
+
 # Trainable numbers of 1000 classes, as torchvision (plain) and the authors' code (DBB) have them.
 KNOWN = {
     ("resnet18", "plain"): 11_689_512,
