@@ -27,7 +27,7 @@ def training_cost(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import training_cost
 
-    monkeypatch.setitem(training_cost.LAYERS, "4-4-6", training_cost.layer("4-4-6", 2))
+    monkeypatch.setitem(training_cost.LAYERS, "4-4-256", training_cost.layer("4-4-256", 2))
     return training_cost
 
 
@@ -42,14 +42,14 @@ def test_training_cost_of_a_layer(training_cost, tmp_path, monkeypatch, capsys):
     authors.mkdir()
     (authors / "diversebranchblock.py").write_text("from dbb import DiverseBranchBlock\n")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    records = run(training_cost, tmp_path, "--layers", "4-4-6", "--reference", str(authors))
+    records = run(training_cost, tmp_path, "--layers", "4-4-256", "--reference", str(authors))
     monkeypatch.delitem(sys.modules, "diversebranchblock")
     assert [r["form"] for r in records] == list(training_cost.FORMS) * 2
     assert all(set(r) == FIELDS and r["seconds"] > 0 and r["rounds"] == 2 for r in records)
     plain, branch, lean = (records[n] for n in range(3))
     assert plain["ratio"] == 1 and plain["saved_bytes"] < lean["saved_bytes"] < branch["saved_bytes"]
     printed = capsys.readouterr().out
-    assert "4-4-6, batch 2, cpu, bfloat16, channels_last, eager, wall time" in printed
+    assert "4-4-256, batch 2, cpu, bfloat16, channels_last, eager, wall time" in printed
     assert all(f"\n{form} " in printed for form in training_cost.FORMS) and printed.count(" 1.00 ") >= 2
 
 
