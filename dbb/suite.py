@@ -148,9 +148,7 @@ def run(
     outcomes = []
     with tempfile.TemporaryDirectory(prefix=".run-", dir=build) as scratch:
         folder, longest = (cwd or project.notebooks).resolve(), timeout or PROFILES[profile]
-        # The last ones build on most and take longest: begun first, they leave no worker waiting at the end.
-        order = chosen if jobs == 1 else chosen[::-1]
-        tasks = [_task(path, folder, parameters[path], longest, Path(scratch)) for path in order]
+        tasks = [_task(path, folder, parameters[path], longest, Path(scratch)) for path in _in_running_order(chosen)]
         kernels = _kernel_environment(Path(scratch), build, min(jobs, len(tasks))) | (env or {})
         for task, answer in _work(tasks, min(jobs, len(tasks)), kernels, Path(scratch)):
             outcomes.append(_settle(task, answer, profile, build))
@@ -265,6 +263,15 @@ def _injected(path: Path, profile: str, settings: dict) -> dict:
         if name not in own:
             raise ValueError(f"notebook {path.stem} has no parameter {name!r}; it has {', '.join(own)}")
     return {name: value for name, value in wanted.items() if repr(value) != repr(own[name])}
+
+
+def _in_running_order(notebooks: list[Path]) -> list[Path]:
+    """The first half in order, as what is broken shows there soonest; then from the last, which take longest, down.
+
+    Were the longest the last to begin, one worker would run it while the others wait.
+    """
+    half = len(notebooks) // 2
+    return notebooks[:half] + notebooks[half:][::-1]
 
 
 def _task(path: Path, folder: Path, parameters: dict, timeout: float | None, scratch: Path) -> dict:

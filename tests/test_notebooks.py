@@ -45,7 +45,7 @@ def test_every_cell_ran_and_something_was_checked(path, executed):
 
 @each_notebook
 def test_it_takes_about_a_minute_at_most(path, executed):
-    assert executed.outcomes[path.stem].seconds < 200  # more than the minute: others run beside it on the two cores
+    assert executed.outcomes[path.stem].seconds < 150  # more than the minute, for machines that do other work, too
 
 
 # Figures.

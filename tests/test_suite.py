@@ -92,6 +92,15 @@ def executed(project: suite.Project, name: str):
     return nb.read(project.build / "notebooks" / f"{name}.ipynb")
 
 
+# Which one begins.
+
+
+def test_the_first_half_runs_in_order_and_then_the_longest_first():
+    paths = [Path(f"{n:02}_x.ipynb") for n in range(5)]
+    assert [int(path.name[:2]) for path in suite._in_running_order(paths)] == [0, 1, 4, 3, 2]
+    assert suite._in_running_order(paths[:1]) == paths[:1]
+
+
 # How a notebook ends.
 
 
