@@ -24,7 +24,7 @@ from operator import add
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 
 from dbb.affine import Affine, Axis, Pair, Sides, identity, plain_strides, sides, zero_pad
@@ -32,6 +32,7 @@ from dbb.fold import conv_map, fold, is_norm, normalisation
 from dbb.layers import BiasPad, IdentityBasedConv1x1, Parallel, WindowMean, answer_to_zero
 
 SMALL = 2**18  # numbers of an input, a megabyte in float32: below, there is no memory to save
+MOVED = 48  # multiply-adds that take as long as it takes to move a number there and back
 GRIDS = 8  # that a sample has: more see more, and cost more small operations
 
 Norm = nn.modules.batchnorm._BatchNorm
@@ -82,7 +83,23 @@ def fold_in_training(layer: nn.Module, before: Affine | None, statistics: Statis
         before = (before or identity()).on(layer.num_features, like=layer.running_mean.to(dtype))
         return before >> normalisation(*statistics(before, layer), layer).to(dtype)
     after = conv_map(layer, dtype) if type(layer) is nn.Conv2d else fold(layer).to(dtype)
-    return after if before is None else before >> after
+    if before is None:
+        return after
+    return _Averaged.of(before, after) if _is_average(layer) and before.kernel_size == (1, 1) else before >> after
+
+
+@dataclass(frozen=True, eq=False)
+class _Averaged(Affine):
+    """A pointwise map and the average of its windows, which remembers both: they commute, and one by one cost less."""
+
+    pointwise: Affine | None = None
+    tap: Tensor | None = None  # which share of the average each pixel of a window has
+
+    @classmethod
+    def of(cls, pointwise: Affine, average: Affine) -> _Averaged:
+        """Both in one."""
+        both, tap = pointwise >> average, average.weight[0, 0, 0, 0]
+        return cls(both.weight, both.bias, both.stride, both.padding, both.dilation, both.groups, pointwise, tap)
 
 
 def track_(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
@@ -437,9 +454,9 @@ class SampledStep:
 def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
     """Whether the folded form is clearly cheaper than the branches, on this input, with that sample.
 
-    Counts the multiply-adds of a forward pass, as the backward pass has twice as many of either. Those in the sample
-    count double, as small products run at half the speed, and each number that is gathered counts as 16: with that the
-    choice agrees with what `benchmarks/training_cost.py` measured. The folded form has to win by a quarter.
+    Counts the multiply-adds of a forward pass, as the backward pass has twice as many of either. A number that a norm
+    normalises, or that is gathered for the sample, counts as `MOVED` of them: with that the choice agrees with what
+    `benchmarks/training_cost.py` measured, in both dtypes. The folded form has to win by a fifth.
     """
     convs = [m for m in branches.modules() if isinstance(m, nn.Conv2d)]
     if not convs:
@@ -449,19 +466,31 @@ def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
     outside = inside // prod(largest.stride)
     by_branches = in_sample = merging = 0
     for branch in branches.children():
-        # the convolutions in front of a padding see every pixel, and merge into the kernel behind them
-        prefix = sum(_numbers(m) for pad in branch.modules() if isinstance(pad, BiasPad) for m in pad.modules())
-        behind = sum(map(_numbers, branch.modules())) - prefix
-        by_branches += prefix * inside + behind * outside
-        in_sample += prefix * min(pixels, inside) + (kernel if prefix else behind) * min(pixels, outside)
+        # what stands in front of a padding sees every pixel, and merges into the kernel behind it
+        padded = [m for pad in branch.modules() if isinstance(pad, BiasPad) for m in pad.modules()]
+        prefix, before = sum(map(_numbers, padded)), sum(map(_normalised, padded))
+        behind, after = sum(map(_numbers, branch.modules())) - prefix, sum(map(_normalised, branch.modules())) - before
+        by_branches += (prefix + MOVED * before) * inside + (behind + MOVED * after) * outside
+        last = kernel if prefix and behind else prefix or behind  # an average answers before its 1x1 does
+        in_sample += prefix * _seen(x, (1, 1), pixels) + last * _seen(x, largest.stride, pixels)
         merging += behind * largest.weight.shape[1] if prefix else 0
     uses_of_a_number = largest.out_channels // largest.groups
-    sampled = kernel * outside + merging + 2 * in_sample * (1 + 8 / uses_of_a_number)
-    return sampled < 0.75 * by_branches
+    sampled = kernel * outside + merging + in_sample * (1 + MOVED / uses_of_a_number)
+    return sampled < 0.8 * by_branches
+
+
+def _seen(x: Tensor, stride: Pair, pixels: int) -> int:
+    """How many pixels the grids have that a sample of `pixels` takes."""
+    outputs = [-(-n // s) for n, s in zip(x.shape[2:], stride)]
+    return len(x) * prod(n // s for n, s in zip(outputs, _grid_steps(outputs, len(x), pixels)))
 
 
 def _numbers(layer: nn.Module) -> int:
     return layer.weight.numel() if isinstance(layer, (nn.Conv2d, IdentityBasedConv1x1)) else 0
+
+
+def _normalised(layer: nn.Module) -> int:
+    return layer.num_features if isinstance(layer, Norm) else 0
 
 
 class _Sample:
@@ -476,8 +505,8 @@ class _Sample:
         _check_its_own(norm)
         windows, again = self._windows_of(a)
         with _not_kept(windows, again):
-            answers = _answers(a, windows)
-        var, mean = torch.var_mean(answers, 0, correction=0)
+            answers = _answers(a, windows)  # as few bits as a convolution's; only what they add up to needs more
+        mean, var = _MeanAndVariance.apply(answers, self.dtype)
         mean = mean if a.bias is None else mean + a.bias
         track_(norm, mean, var, len(answers))
         return mean, var
@@ -488,7 +517,7 @@ class _Sample:
         if key not in self.windows:
             outputs = [(n + axis.slack - 1) // axis.stride + 1 for axis, n in zip(a.axes, self.x.shape[2:])]
             steps = _grid_steps(outputs, self.x.shape[0], self.wanted)
-            gather = partial(_gather, self.x, a.axes, _draw_grids(len(self.x), outputs, steps), self.dtype)
+            gather = partial(_Windows.apply, self.x, a.axes, _draw_grids(len(self.x), outputs, steps))
             self.windows[key] = gather(), _once(gather)
         return self.windows[key]
 
@@ -507,17 +536,39 @@ def _check_its_own(norm: Norm) -> None:
         )
 
 
-def _gather(x: Tensor, axes: tuple[Axis, Axis], grids: Grids, dtype: torch.dtype) -> Tensor:
-    return _Windows.apply(x, axes, grids).to(dtype)
-
-
 def _answers(a: Affine, windows: Tensor) -> Tensor:
     """What the linear part of a map answers to windows "sample taps channels": "sample o"."""
+    if isinstance(a, _Averaged):
+        scaled = replace(a.pointwise, weight=a.tap * a.pointwise.weight)
+        return _answers(scaled, windows.sum(1, keepdim=True))
+    weight = a.weight.to(windows.dtype)
+    if a.groups == 1:
+        return F.linear(windows.flatten(1), rearrange(weight, "o i kh kw -> o (kh kw i)"))
     if a.groups == a.in_channels == a.out_channels:
-        return einsum(windows, a.weight.flatten(1), "p t c, c t -> p c")
-    weight = rearrange(a.weight, "(g o) i kh kw -> g (kh kw i) o", g=a.groups)
+        return (windows * rearrange(weight, "c 1 kh kw -> (kh kw) c")).sum(1)
+    weight = rearrange(weight, "(g o) i kh kw -> g (kh kw i) o", g=a.groups)
     answers = rearrange(windows, "p t (g i) -> g p (t i)", g=a.groups) @ weight
     return rearrange(answers, "g p o -> p (g o)")
+
+
+class _MeanAndVariance(torch.autograd.Function):
+    """Mean "c" and biased variance "c" of answers "sample c", in a wider dtype; of the answers nothing else is kept."""
+
+    @staticmethod
+    def forward(answers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        mean = answers.mean(0, dtype=dtype)
+        return mean, (answers - mean).square_().mean(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
+        answers, mean = ctx.saved_tensors
+        # The mean moves, too, but that adds nothing to the variance: the centred answers add up to zero.
+        slope = 2 * grad_var / len(answers)
+        return torch.addcmul(grad_mean / len(answers) - slope * mean, answers, slope).to(answers.dtype), None
 
 
 def _grid_steps(outputs: list[int], images: int, pixels: int) -> Pair:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dbb
 from dbb.steps import BranchStep, LeanStep, SampledStep, _draw_grid, _draw_grids, sampling_pays, set_training_step
@@ -209,12 +210,37 @@ def test_a_small_input_is_run_branch_by_branch(monkeypatch):
     assert ran[15] == 6 > ran[16]
 
 
-def test_what_pays():
-    """Few pixels of many: the folded form. Hardly any pixels and many channels: the branches."""
-    early, late = (dbb.DiverseBranchBlock(c, c, 3, padding=1, device="meta").branches for c in (64, 512))
-    assert sampling_pays(early, torch.empty(64, 64, 56, 56, device="meta"), 8192)
-    assert not sampling_pays(late, torch.empty(64, 512, 7, 7, device="meta"), 8192)
-    assert not sampling_pays(dbb.Parallel(nn.AvgPool2d(3)), torch.empty(64, 64, 56, 56, device="meta"), 8192)
+@pytest.mark.parametrize("channels, size, batch, pixels, pays", [
+    (64, 56, 32, 8192, True), (128, 28, 64, 8192, True), (256, 14, 64, 2048, True), (256, 14, 64, 8192, False),
+    (512, 7, 64, 512, True), (512, 7, 64, 2048, False), (16, 32, 128, 8192, True),
+])  # fmt: skip
+def test_what_pays(channels, size, batch, pixels, pays):
+    """Few pixels of many: the folded form. Hardly any pixels and many channels: the branches. As was measured."""
+    block = dbb.DiverseBranchBlock(channels, channels, 3, padding=1, device="meta")
+    assert sampling_pays(block.branches, torch.empty(batch, channels, size, size, device="meta"), pixels) == pays
+
+
+def test_without_convolutions_or_with_few_norms_less_is_saved():
+    image = torch.empty(32, 64, 56, 56, device="meta")
+    few = dbb.RepVGGBlock(64, 64, 3, padding=1, device="meta").branches
+    assert sampling_pays(few, image, 2048) and not sampling_pays(few, image, 8192)
+    assert not sampling_pays(dbb.Parallel(nn.AvgPool2d(3)), image, 2048)
+
+
+def test_under_autocast_the_sample_is_multiplied_in_few_bits():
+    """As the convolution of the batch is: products of float32 would take longer than the batch does."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm) and len(args[0].flatten(1)) >= 512:
+                seen.append(args[0].dtype)
+            return operator(*args, **(kwargs or {}))
+
+    seen = []
+    block = set_training_step(dbb.DiverseBranchBlock(8, 8, 3, padding=1), SampledStep(512, always=True)).train()
+    with torch.autocast("cpu", torch.bfloat16), Products():
+        block(torch.rand(16, 8, 16, 16))
+    assert set(seen) == {torch.bfloat16} and len(seen) == 6  # norms
 
 
 def test_where_sampling_does_not_pay_the_step_is_exact():
