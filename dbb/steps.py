@@ -206,11 +206,14 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
 def _moments_pay(branches: nn.Module, x: Tensor) -> bool:
     """Whether there are sequences to shorten, and pixels enough for their moments to cost less than their answers."""
     shortens = any(isinstance(m, BiasPad) for m in branches.modules())
-    return shortens and x.numel() >= SMALL and _has_many_pixels(x)
+    # moments are float32, which takes many times longer than a convolution in few bits
+    few_bits = _as_computed(x[:0]).dtype in (torch.bfloat16, torch.float16)
+    return shortens and x.numel() >= SMALL and _has_many_pixels(x, 64 if few_bits else 2)
 
 
-def _has_many_pixels(x: Tensor) -> bool:
-    return x.numel() >= 2 * x.shape[1] ** 2
+def _has_many_pixels(x: Tensor, many: int = 2) -> bool:
+    """Whether there are `many` pixels or more for each channel."""
+    return x.numel() >= many * x.shape[1] ** 2
 
 
 def _is_frozen(branches: nn.Module) -> bool:
@@ -448,7 +451,7 @@ class SampledStep:
         sample = _Sample(x, self.pixels)
         with _full_precision(x):
             folded = fold_in_training(branches, None, sample.statistics, sample.dtype)
-        return _apply(folded, x)
+        return _apply(folded, sample.x)
 
 
 def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
@@ -517,8 +520,10 @@ class _Sample:
         if key not in self.windows:
             outputs = [(n + axis.slack - 1) // axis.stride + 1 for axis, n in zip(a.axes, self.x.shape[2:])]
             steps = _grid_steps(outputs, self.x.shape[0], self.wanted)
-            gather = partial(_Windows.apply, self.x, a.axes, _draw_grids(len(self.x), outputs, steps))
-            self.windows[key] = gather(), _once(gather)
+            places = a.axes, _draw_grids(len(self.x), outputs, steps)
+            again = _once(partial(_gather, self.x, *places))
+            self.x, windows = _Windows.apply(self.x, *places)
+            self.windows[key] = windows, again
         return self.windows[key]
 
 
@@ -599,27 +604,35 @@ def _draw_grid(outputs: int, step: int) -> range:
 
 
 class _Windows(torch.autograd.Function):
-    """The windows "sample taps channels" of some output pixels of a map; padding reads as zero."""
+    """The image once more, and the windows "sample taps channels" of some output pixels of a map.
+
+    Who then reads this image, not the one from before, spares the backward pass a second gradient of its size: that of
+    the windows is added, where they are, to the gradient that comes.
+    """
 
     @staticmethod
-    def forward(x: Tensor, axes: tuple[Axis, Axis], grids: Grids) -> Tensor:
-        windows = x.new_zeros(_shape(x, axes, grids))
-        for place, read in _tap_slices(axes, grids, x.shape[2:]):
-            windows[place] = x[read].permute(0, 2, 3, 1)
-        return windows.flatten(3, 4).flatten(0, 2)
+    def forward(x: Tensor, axes: tuple[Axis, Axis], grids: Grids) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _gather(x, axes, grids)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, ctx.axes, ctx.grids = inputs
-        ctx.save_for_backward(x)  # for its shape and its layout; it is kept anyway
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        _, ctx.axes, ctx.grids = inputs
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        windows, answer = grad.reshape(_shape(x, ctx.axes, ctx.grids)), torch.zeros_like(x)
-        for place, read in _tap_slices(ctx.axes, ctx.grids, x.shape[2:]):
-            answer[read] += windows[place].permute(0, 3, 1, 2)
-        return answer, None, None
+    def backward(ctx, grad: Tensor, grad_windows: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.clone() if torch.is_grad_enabled() else grad  # else nobody but this function ever sees it
+        grad_windows = grad_windows.reshape(_shape(grad, ctx.axes, ctx.grids))
+        for place, read in _tap_slices(ctx.axes, ctx.grids, grad.shape[2:]):
+            grad[read] += grad_windows[place].permute(0, 3, 1, 2)
+        return grad, None, None
+
+
+def _gather(x: Tensor, axes: tuple[Axis, Axis], grids: Grids) -> Tensor:
+    """The windows "sample taps channels"; padding reads as zero."""
+    windows = x.new_zeros(_shape(x, axes, grids))
+    for place, read in _tap_slices(axes, grids, x.shape[2:]):
+        windows[place] = x[read].permute(0, 2, 3, 1)
+    return windows.flatten(3, 4).flatten(0, 2)
 
 
 def _shape(x: Tensor, axes: tuple[Axis, Axis], grids: Grids) -> tuple[int, ...]:
