@@ -402,7 +402,7 @@ def costs(points: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None =
         ax.text(0.05, 0.9, "nothing is recorded yet", transform=ax.transAxes)
     longest = max((time for dots in points.values() for time, _ in dots), default=1)
     ax.set(title=title, xlabel="time", ylabel="memory", xscale="log", ylim=(0, None))
-    ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
+    ax.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"], minor=False)
     ax.set_xticks([], minor=True)
     ax.set_xlim(0.8, max(2, 1.3 * longest))
     return ax

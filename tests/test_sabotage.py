@@ -379,6 +379,22 @@ FAULTS = [
         "tests/test_steps.py::test_parts_of_the_batch_have_grids_of_their_own",
     ),
     Fault(
+        "the gradient of a sample does not reach the image",
+        "steps.py",
+        "            grad[read] += grad_windows[place].permute(0, 3, 1, 2)\n",
+        "            pass\n",
+        "tests/test_steps.py::test_sampled_with_all_pixels_is_the_branches_in_training",
+        "14",
+    ),
+    Fault(
+        "an average of the sample is a sum",
+        "steps.py",
+        "weight=a.tap * a.pointwise.weight",
+        "weight=a.pointwise.weight",
+        "tests/test_steps.py::test_sampled_with_all_pixels_is_the_branches_in_training",
+        "14",
+    ),
+    Fault(
         "second moments are not centred",
         "steps.py",
         "centred = pixels - mean[:, None]",

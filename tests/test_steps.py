@@ -200,14 +200,30 @@ def test_blocks_without_sequences_are_left_as_they_are_unless_asked(kind, shorte
     assert (by_step[1] < by_step[0]) == shortened and by_step[2] < by_step[0]
 
 
-def test_a_small_input_is_run_branch_by_branch(monkeypatch):
-    """Its memory is not worth the many small operations of the lean way: every layer runs, until there is more."""
-    ran = Counter()
-    forward = nn.BatchNorm2d.forward
+@pytest.fixture
+def norms_ran(monkeypatch) -> Counter:
+    """How many batch norms ran, by the number of images in the batch."""
+    ran, forward = Counter(), nn.BatchNorm2d.forward
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: (ran.update([len(x)]), forward(norm, x))[1])
+    return ran
+
+
+def test_a_small_input_is_run_branch_by_branch(norms_ran):
+    """Its memory is not worth the many small operations of the lean way: every layer runs, until there is more."""
     for images in (15, 16):
         dbb.DiverseBranchBlock(16, 16, 3, padding=1).train()(torch.rand(images, 16, 32, 32))
-    assert ran[15] == 6 > ran[16]
+    assert norms_ran[15] == 6 > norms_ran[16]
+
+
+def test_in_few_bits_more_pixels_are_asked_for(norms_ran):
+    """There a convolution is fast, and second moments, in float32, are not."""
+    block = dbb.DiverseBranchBlock(64, 64, 3, padding=1).train()
+    block(torch.rand(15, 64, 17, 17))
+    assert norms_ran.pop(15) < 6
+    with torch.autocast("cpu", torch.bfloat16):
+        for images in (14, 15):  # 63 and 68 pixels a channel
+            block(torch.rand(images, 64, 17, 17))
+    assert norms_ran[14] == 6 > norms_ran[15]
 
 
 @pytest.mark.parametrize("channels, size, batch, pixels, pays", [
