@@ -134,7 +134,8 @@ class LeanStep:
     layers, as not every layer runs here.
 
     always: whether also where that saves memory only, and costs time: in blocks without sequences (ACB, RepVGG), where
-    there are few pixels, and where the input is so small that its many small operations take longer than all numbers
+    there are few pixels (in bfloat16: fewer than 64 for each channel), and where the input is so small that its many
+    small operations take longer than all numbers
     """
 
     always: bool = False
