@@ -397,7 +397,7 @@ def costs(points: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None =
     for line in (ax.axhline, ax.axvline):
         line(1, color=GREY, linewidth=1)
     if points:
-        ax.legend()
+        ax.legend(loc="upper right", fontsize="small")
     else:
         ax.text(0.05, 0.9, "nothing is recorded yet", transform=ax.transAxes)
     longest = max((time for dots in points.values() for time, _ in dots), default=1)

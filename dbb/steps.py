@@ -460,7 +460,7 @@ def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
 
     Counts the multiply-adds of a forward pass, as the backward pass has twice as many of either. A number that a norm
     normalises, or that is gathered for the sample, counts as `MOVED` of them: with that the choice agrees with what
-    `benchmarks/training_cost.py` measured, in both dtypes. The folded form has to win by a fifth.
+    `benchmarks/training_cost.py` measured, in bfloat16 nearly always. The folded form has to win by a fifth.
     """
     convs = [m for m in branches.modules() if isinstance(m, nn.Conv2d)]
     if not convs:

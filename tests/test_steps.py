@@ -231,7 +231,7 @@ def test_in_few_bits_more_pixels_are_asked_for(norms_ran):
     (512, 7, 64, 512, True), (512, 7, 64, 2048, False), (16, 32, 128, 8192, True),
 ])  # fmt: skip
 def test_what_pays(channels, size, batch, pixels, pays):
-    """Few pixels of many: the folded form. Hardly any pixels and many channels: the branches. As was measured."""
+    """Few pixels of many: the folded form. Hardly any pixels and many channels: the branches. As float32 measured."""
     block = dbb.DiverseBranchBlock(channels, channels, 3, padding=1, device="meta")
     assert sampling_pays(block.branches, torch.empty(batch, channels, size, size, device="meta"), pixels) == pays
 
