@@ -323,21 +323,31 @@ def _by_tap(a: Affine, value: Tensor) -> Tensor:
 
 
 def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total: _Total) -> None:
-    """The average of a padded pointwise map and its norm, as the normalised map of the average."""
-    averaged, a = _pad_and_pool(padded.padding, pool, x), padded.map
-    ring = None if padded.outside is None else _Ring.of((zero_pad(padded.padding) >> fold(pool)).to(a.weight.dtype), x)
-    with _not_kept(averaged, _once(lambda: _pad_and_pool(padded.padding, pool, x))), _full_precision(x):
-        moments = _MomentsOf(averaged, ring)
+    """The average of a padded pointwise map and its norm, as the normalised map of the sums of windows."""
+    average = (zero_pad(padded.padding) >> fold(pool)).to(padded.map.weight.dtype)
+    sums = _window_sums(average, x)
+    a = replace(padded.map, weight=padded.map.weight * average.weight[0, 0, 0, 0])
+    ring = None if padded.outside is None else _Ring.of(average, x)
+    with _not_kept(sums, _once(lambda: _window_sums(average, x))), _full_precision(x):
+        moments = _MomentsOf(sums, ring)
         mean, var = moments.through(a)
         if ring:  # the share of a window that lies outside is one more channel of the image
             outside, common = padded.outside, replace(a, bias=None).constant_response(moments.with_ring())
             mean = mean + outside * ring.mean
             var = var + 2 * outside * common + outside**2 * ring.var
         track_(norm, mean, var, moments.pixels)
-        scaled = normalisation(mean, var, norm).to(moments.dtype)
-        y = _add_map(a >> scaled, averaged, total)
+        scale = normalisation(mean, var, norm).to(moments.dtype)
+        y = _add_map(a >> scale, sums, total)
         if ring:
-            total.finished[-1] = ring.add_(y, torch.outer(scaled.weight.flatten() * outside, ring.share))
+            total.finished[-1] = ring.add_(y, torch.outer(scale.weight.flatten() * outside, ring.share))
+
+
+def _window_sums(average: Affine, x: Tensor) -> Tensor:
+    """The sums of an average's windows."""
+    if not x.is_cuda:
+        return _WindowSums.apply(x, average)
+    (top, bottom), (left, right) = average.padding
+    return F.avg_pool2d(F.pad(x, (left, right, top, bottom)), average.kernel_size, average.stride, divisor_override=1)
 
 
 def _add_map(a: Affine, x: Tensor, total: _Total) -> Tensor:
@@ -353,14 +363,33 @@ def _merging_pays(then: Affine, x: Tensor) -> bool:
     return 3 * merge < 4 * x.numel() // x.shape[1]
 
 
-def _pad_and_pool(padding: Sides, pool: nn.Module, x: Tensor) -> Tensor:
-    """The average of the windows of the image with zeros around it."""
-    a = zero_pad(padding) >> fold(pool)
-    around = [before for before, _ in a.padding]
-    half = all(0 <= p <= k // 2 for p, k in zip(around, a.kernel_size))
-    if half and a.padding == sides(tuple(around)) and a.dilation == (1, 1):
-        return F.avg_pool2d(x, a.kernel_size, a.stride, around)
-    return a(x)
+class _WindowSums(torch.autograd.Function):
+    """The sum over the window of each output pixel, of an average's windows.
+
+    A convolution with ones, and so is its adjoint: as many windows read a pixel as it reads, once there is a gradient,
+    of zero, between those of a stride. On a CPU that takes a fraction of the time of torch's averages.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, average: Affine) -> Tensor:
+        ones = replace(average, weight=torch.ones_like(average.weight))
+        return _apply(ones.on(x.shape[1], like=x), x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.size, ctx.average = inputs[0].shape[2:], inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        a, (down, right) = ctx.average, ctx.average.stride
+        if a.stride != (1, 1):
+            every = [n + axis.slack for n, axis in zip(ctx.size, a.axes)]  # as many as there were without it
+            layout = torch.channels_last if grad.stride(1) == 1 else torch.contiguous_format
+            spread = torch.empty(*grad.shape[:2], *every, dtype=grad.dtype, device=grad.device, memory_format=layout)
+            spread.zero_()[:, :, ::down, ::right] = grad
+            grad = spread
+        around = tuple(tuple(axis.reach - side for side in (axis.left, axis.right)) for axis in a.axes)
+        return _WindowSums.apply(grad, replace(a, stride=1, padding=around)), None
 
 
 def _as_computed(x: Tensor) -> Tensor:
@@ -708,19 +737,22 @@ class _MomentsOf:
 
 
 class _Moments(torch.autograd.Function):
-    """Of pixels "n c h w": mean "c", covariance "g c c" in each group of channels, mean product "c" with a ring."""
+    """Of pixels "n c h w": mean "c", covariance "g c c" in each group of channels, mean product "c" with a ring.
+
+    Products are of centred pixels, and add up in float32 at least. In fewer bits each sum of products is rounded, so
+    there are many short ones; and the mean that is taken off is rounded, too: what it lacks is put right afterwards.
+    """
 
     @staticmethod
     def forward(x: Tensor, groups: int, ring: _Ring | None) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = _pixels(x)
-        mean = pixels.mean((0, 2))
-        count = x.numel() // len(mean)
-        common = torch.zeros_like(mean) if ring is None else ring.read(x).to(mean.dtype) @ ring.share / count
-        centred = pixels - mean[:, None]
+        dtype, count = torch.promote_types(x.dtype, torch.float32), x.numel() // x.shape[1]
+        mean = x.sum((2, 3), dtype=dtype).sum(0) / count
+        common = torch.zeros_like(mean) if ring is None else ring.read(x).to(dtype) @ ring.share / count
+        centred, missing = _centred(x, mean)
         if groups == len(mean):
-            return mean, centred.square().mean((0, 2))[:, None, None], common
-        centred = centred.unflatten(1, (groups, -1))
-        return mean, (centred @ centred.mT).sum(0) / count, common
+            return mean, (centred.square().mean((0, 2, 3), dtype=dtype) - missing**2)[:, None, None], common
+        parts, missing = _in_parts(centred).unflatten(1, (groups, -1)), missing.view(groups, -1, 1)
+        return mean, (parts @ parts.mT).sum(0, dtype=dtype) / count - missing @ missing.mT, common
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -733,25 +765,26 @@ class _Moments(torch.autograd.Function):
         count = x.numel() // len(mean)
         # The mean moves, too, but that adds nothing to the covariance: the centred pixels add up to zero.
         matrix = (grad_covariance + grad_covariance.mT) / count
-        constant = grad_mean / count - (matrix @ mean.view(ctx.groups, -1, 1)).flatten()
-        pixels = _pixels(x)
-        if ctx.groups == len(mean):
-            grad = pixels * matrix.view(-1, 1)
-        else:
-            pixels = pixels.unflatten(1, (ctx.groups, -1))
-            # the result lies in memory as `x` does
-            grad = ((pixels.mT @ matrix).mT if x.stride(1) == 1 else matrix @ pixels).flatten(1, 2)
-        grad = grad.add_(constant[:, None]).to(x.dtype)
-        grad = rearrange(grad, "b c (m h w) -> (b m) c h w", h=x.shape[2], w=x.shape[3])
+        centred, missing = _centred(x, mean)
+        constant = grad_mean / count - (matrix @ missing.view(ctx.groups, -1, 1)).flatten()
+        grad = _apply(Affine(matrix.flatten(0, 1)[..., None, None], constant, groups=ctx.groups), centred)
         if ctx.ring is not None:
             ctx.ring.add_to_(grad, torch.outer(grad_common, ctx.ring.share) / count)
         return grad, None, None
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """ "n c h w" as matrices "b c p", in float32 at least; a view, with b = 1 where `x` is channels_last."""
-    pattern = "n c h w -> 1 c (n h w)" if x.stride(1) == 1 else "n c h w -> n c (h w)"
-    return rearrange(x, pattern).to(torch.promote_types(x.dtype, torch.float32))
+def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels "n c h w" without their mean "c", as far as their dtype knows it, and what of it is missing."""
+    known = mean.to(x.dtype).to(mean.dtype)
+    # a norm takes off its running mean in one pass, of whatever layout and dtype; a subtraction is slow for some
+    return F.batch_norm(x, known, torch.ones_like(known), eps=0.0), mean - known
+
+
+def _in_parts(x: Tensor) -> Tensor:
+    """ "n c h w" as matrices "b c p", several images in each where one has few pixels for its channels."""
+    images, channels, *size = x.shape
+    enough = (m for m in range(1, images) if images % m == 0 and m * prod(size) >= 2 * channels)
+    return rearrange(x, "(b m) c h w -> b c (m h w)", m=next(enough, images))
 
 
 # The ring of output pixels whose windows hang over the image

@@ -397,8 +397,8 @@ FAULTS = [
     Fault(
         "second moments are not centred",
         "steps.py",
-        "centred = pixels - mean[:, None]",
-        "centred = pixels",
+        "known = mean.to(x.dtype).to(mean.dtype)",
+        "known = mean = 0 * mean",
         "tests/test_steps.py::test_second_moments_are_centred_and_in_float32",
         "14",
     ),
