@@ -165,8 +165,8 @@ class Affine:
             return self.bias
         a = self.on(len(value), like=value)
         weight = rearrange(a.weight, "(g o) i kh kw -> g o i kh kw", g=a.groups)
-        answer = einsum(weight, rearrange(value, "(g i) -> g i", g=a.groups), "g o i kh kw, g i -> g o")
-        return _add_biases(rearrange(answer, "g o -> (g o)"), a.bias)
+        answer = weight.sum((3, 4)) @ rearrange(value, "(g i) -> g i 1", g=a.groups)
+        return _add_biases(answer.flatten(), a.bias)
 
     # The operators
 
@@ -377,12 +377,12 @@ def sides(value: int | Pair | Sides) -> Sides:
 
 
 def plain_strides(weight: Tensor) -> Tensor:
-    """The kernel with the strides of a fresh tensor.
+    """The kernel with strides that mean something: those of a fresh tensor, where an axis of length 1 may have any.
 
-    An axis of length 1 may have any, and products leave odd ones: torch 2.15 takes a 1x1 kernel with some of them for
-    channels_last, and on a CPU the backward pass of its convolution then writes where it must not.
+    Products leave odd ones there: torch 2.15 takes a 1x1 kernel with some of them for channels_last, and on a CPU the
+    backward pass of its convolution then writes where it must not.
     """
-    return weight.flatten().view(weight.shape)
+    return weight.flatten().view(weight.shape) if 1 in weight.shape else weight
 
 
 # How it is computed

@@ -106,7 +106,6 @@ EXPERIMENTS = {
             options=("--channels-last",),
         ),
         # At most 131072 pixels a batch and layer here, 8192 in the last stage; plain and dbb are those of small_cpu.
-        # border_batch is the sampled step with the whole batch as its sample: what it loses is not the sample's fault.
         Experiment(
             "sampled_cpu",
             "what do norms lose that see a sample of the batch?",
@@ -114,7 +113,6 @@ EXPERIMENTS = {
             {
                 "plain": {"block": "plain"},
                 "dbb": {"block": "dbb"},
-                "border_batch": {"block": "dbb", "block_options": {"border": "batch"}},
                 **{f"sampled_{n}": {"block": "dbb", "sampled_pixels": n} for n in (512, 2048, 8192)},
             },
             seeds=10,

@@ -134,7 +134,7 @@ class LeanStep:
     layers, as not every layer runs here.
 
     always: whether also where that saves memory only, and costs time: in blocks without sequences (ACB, RepVGG), where
-    there are few pixels (in bfloat16: fewer than 64 for each channel), and where the input is so small that its many
+    there are few pixels (in bfloat16: fewer than 24 for each channel), and where the input is so small that its many
     small operations take longer than all numbers
     """
 
@@ -167,8 +167,15 @@ class _Total:
         """The sum. The constants ride on the bias of the first norm, where they cost nothing."""
         constant = sum(self.constants) if self.constants else None
         normed = [_normalise(*waiting, constant if n == 0 else None) for n, waiting in enumerate(self.waiting)]
-        total = reduce(add, normed + self.finished)
-        return total if normed or constant is None else total + constant.to(total.dtype)[:, None, None]
+        if not normed:  # what is finished may be the input itself
+            total = reduce(add, self.finished)
+            return total if constant is None else total + constant.to(total.dtype)[:, None, None]
+        return reduce(_add_to, normed[1:] + self.finished, normed[0])
+
+
+def _add_to(total: Tensor, answer: Tensor) -> Tensor:
+    """The sum, in place where it can be: a fresh image costs as much as the adding."""
+    return total.add_(answer) if total.dtype == answer.dtype else total + answer
 
 
 def _normalise(y: Tensor, norm: nn.BatchNorm2d, missing: Tensor | None, constant: Tensor | None) -> Tensor:
@@ -192,7 +199,8 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
         total.finished.append(branch(x))
         return
     if all(map(_is_pointwise, front)):
-        _add_map(moments.fold(branch), moments.x, total)
+        a = moments.fold(branch)
+        _add_map(replace(a, stride=1, padding=0), moments.seen_by(a), total)
         return
     *front, last = front
     padded = len(front) == 1 and isinstance(front[0], BiasPad) and _is_pointwise(front[0].prefix)
@@ -207,9 +215,9 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
 def _moments_pay(branches: nn.Module, x: Tensor) -> bool:
     """Whether there are sequences to shorten, and pixels enough for their moments to cost less than their answers."""
     shortens = any(isinstance(m, BiasPad) for m in branches.modules())
-    # moments are float32, which takes many times longer than a convolution in few bits
+    # what goes into a kernel, and how kernels merge, is float32, which takes many times longer than few bits do
     few_bits = _as_computed(x[:0]).dtype in (torch.bfloat16, torch.float16)
-    return shortens and x.numel() >= SMALL and _has_many_pixels(x, 64 if few_bits else 2)
+    return shortens and x.numel() >= SMALL and _has_many_pixels(x, 24 if few_bits else 2)
 
 
 def _has_many_pixels(x: Tensor, many: int = 2) -> bool:
@@ -342,6 +350,30 @@ def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total:
             total.finished[-1] = ring.add_(y, torch.outer(scale.weight.flatten() * outside, ring.share))
 
 
+class _EveryFew(torch.autograd.Function):
+    """Every few pixels. Its gradient lies in memory as the image does, so that it is added to others fast."""
+
+    @staticmethod
+    def forward(x: Tensor, stride: Pair) -> Tensor:
+        return x[:, :, :: stride[0], :: stride[1]].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.size, ctx.stride = inputs[0].shape[2:], inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _spread(grad, ctx.stride, ctx.size), None
+
+
+def _spread(x: Tensor, stride: Pair, size: Sequence[int]) -> Tensor:
+    """The pixels as far apart as a stride says, zeros between them; in the same layout."""
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    spread = torch.empty(*x.shape[:2], *size, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+    spread[:, :, :: stride[0], :: stride[1]] = x
+    return spread
+
+
 def _window_sums(average: Affine, x: Tensor) -> Tensor:
     """The sums of an average's windows."""
     if not x.is_cuda:
@@ -381,13 +413,9 @@ class _WindowSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        a, (down, right) = ctx.average, ctx.average.stride
+        a = ctx.average
         if a.stride != (1, 1):
-            every = [n + axis.slack for n, axis in zip(ctx.size, a.axes)]  # as many as there were without it
-            layout = torch.channels_last if grad.stride(1) == 1 else torch.contiguous_format
-            spread = torch.empty(*grad.shape[:2], *every, dtype=grad.dtype, device=grad.device, memory_format=layout)
-            spread.zero_()[:, :, ::down, ::right] = grad
-            grad = spread
+            grad = _spread(grad, a.stride, [n + axis.slack for n, axis in zip(ctx.size, a.axes)])
         around = tuple(tuple(axis.reach - side for side in (axis.left, axis.right)) for axis in a.axes)
         return _WindowSums.apply(grad, replace(a, stride=1, padding=around)), None
 
@@ -702,6 +730,7 @@ class _MomentsOf:
     def __init__(self, x: Tensor, ring: _Ring | None = None) -> None:
         self.x, self.ring, self.dtype = x, ring, torch.promote_types(x.dtype, torch.float32)
         self.pixels = x.numel() // x.shape[1]
+        self.seen: dict[tuple, Tensor] = {}
         self.known: dict[tuple, tuple[Tensor, ...]] = {}
 
     def fold(self, layer: nn.Module) -> Affine:
@@ -712,14 +741,14 @@ class _MomentsOf:
     def statistics(self, a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
         """Mean and variance of what a pointwise map answers; the norm takes them into its running ones."""
         mean, var = self.through(a)
-        track_(norm, mean, var, self.x.shape[0] * prod(self._seen_by(a).shape[2:]))
+        track_(norm, mean, var, self.x.shape[0] * prod(self.seen_by(a).shape[2:]))
         return mean, var
 
     def through(self, a: Affine) -> tuple[Tensor, Tensor]:
         """Mean and variance "o" of what a pointwise map answers."""
         key = (a.stride, a.padding, a.groups)
         if key not in self.known:
-            self.known[key] = _Moments.apply(self._seen_by(a), a.groups, self.ring)
+            self.known[key] = _Moments.apply(self.seen_by(a), a.groups, self.ring)
         mean, covariance, _ = self.known[key]
         weight = rearrange(a.weight, "(g o) i 1 1 -> g o i", g=a.groups)
         return a.constant_response(mean), ((weight @ covariance) * weight).sum(-1).flatten()
@@ -729,11 +758,14 @@ class _MomentsOf:
         mean, _, common = next(reversed(self.known.values()))
         return common - mean * self.ring.mean
 
-    def _seen_by(self, a: Affine) -> Tensor:
+    def seen_by(self, a: Affine) -> Tensor:
         """The pixels that the map reads."""
-        (top, bottom), (left, right) = a.padding
-        seen = F.pad(self.x, (left, right, top, bottom)) if any((top, bottom, left, right)) else self.x
-        return seen[:, :, :: a.stride[0], :: a.stride[1]]
+        key = (a.stride, a.padding)
+        if key not in self.seen:
+            (top, bottom), (left, right) = a.padding
+            seen = F.pad(self.x, (left, right, top, bottom)) if any((top, bottom, left, right)) else self.x
+            self.seen[key] = seen if a.stride == (1, 1) else _EveryFew.apply(seen, a.stride)
+        return self.seen[key]
 
 
 class _Moments(torch.autograd.Function):
