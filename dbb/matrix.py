@@ -119,6 +119,20 @@ EXPERIMENTS = {
             device="cpu",
             options=("--channels-last",),
         ),
+        Experiment(
+            "sampled_sum_cpu",
+            "and if the sum of the branches is normalised with all pixels?",
+            recipe("cifar10_small", data="cifar10_jpeg"),
+            {
+                "plain": {"block": "plain"},
+                "dbb": {"block": "dbb"},
+                "sampled_2048": {"block": "dbb", "sampled_pixels": 2048},
+                "exact_sum_2048": {"block": "dbb", "sampled_pixels": 2048, "sampled_exact_sum": True},
+            },
+            seeds=10,
+            device="cpu",
+            options=("--channels-last",),
+        ),
         # Backbones in one of torchvision's detectors and one of its segmenters, on generated scenes.
         *(
             Experiment(

@@ -32,6 +32,7 @@ class TrainingRecipe:
     model, model_options, block: see `dbb.models`
     block_options: of each block, as {"branches": ["kxk", "1x1"]}
     sampled_pixels: the norms of all blocks take their statistics from so many pixels, by `SampledStep`; None for all
+    sampled_exact_sum: whether the sum of a block's branches is then normalised with all pixels
     data: "digits", "cifar10", "cifar100" or the path of an image folder; "scenes", or a folder as of COCO or Cityscapes
     batch_size: of all processes together
     lr: at the start of the schedule, which is stepped by iteration
@@ -60,6 +61,7 @@ class TrainingRecipe:
     block_options: dict = field(default_factory=dict)
     model_options: dict = field(default_factory=dict)
     sampled_pixels: int | None = None
+    sampled_exact_sum: bool = False
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -115,7 +117,8 @@ class TrainingRecipe:
         options = {"block_options": self.block_options, **self.model_options}
         model = build_model(self.model, num_classes, self.block, **options)
         if self.sampled_pixels is not None:
-            set_training_step(model, SampledStep(self.sampled_pixels, always=True))
+            step = SampledStep(self.sampled_pixels, always=True, exact_sum=self.sampled_exact_sum)
+            set_training_step(model, step)
         return model
 
     def as_dict(self) -> dict:

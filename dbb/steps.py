@@ -487,6 +487,9 @@ class SampledStep:
     pixels: of a map's answer that its norm sees at least, spread over all images by grids whose places are drawn anew
     in each step, from torch's CPU generator
     always: whether also where the branches themselves cost less; else those blocks take a `LeanStep`
+    exact_sum: whether the sum of the branches gets the mean and the variance that it has with exact norms, by one norm
+        behind the kernel that sees all pixels. Then only how the branches mix rests on the sample. It costs what the
+        norm of a plain convolution costs, and serves blocks whose every branch ends in a norm
 
     With all pixels in the sample it is the training step of `border="batch"`; whatever `border` the block has, its
     padding takes the statistics of this step. In data-parallel training each process draws from its own batch.
@@ -496,6 +499,7 @@ class SampledStep:
 
     pixels: int = 8192
     always: bool = False
+    exact_sum: bool = False
 
     def __post_init__(self) -> None:
         if self.pixels < 2:
@@ -503,16 +507,24 @@ class SampledStep:
 
     def __call__(self, branches: nn.Module, x: Tensor) -> Tensor:
         """Run the branches, folded: "n i h w" -> "n o h' w'"."""
-        if not self.always and not sampling_pays(branches, x, self.pixels):
+        if not self.always and not sampling_pays(branches, x, self.pixels, self.exact_sum):
             return LeanStep()(branches, x)
         x = _as_computed(x)
         sample = _Sample(x, self.pixels)
         with _full_precision(x):
             folded = fold_in_training(branches, None, sample.statistics, sample.dtype)
+            if self.exact_sum and all(map(_ends_in_norm, branches.children())):
+                return sample.normalised_alike(folded)
         return _apply(folded, sample.x)
 
 
-def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
+def _ends_in_norm(branch: nn.Module) -> bool:
+    """Whether the last thing that a branch does is to normalise with the statistics of the batch."""
+    last = branch[-1] if isinstance(branch, nn.Sequential) else branch
+    return isinstance(last, Norm) and last.training
+
+
+def sampling_pays(branches: nn.Module, x: Tensor, pixels: int, exact_sum: bool = False) -> bool:
     """Whether the folded form is clearly cheaper than the branches, on this input, with that sample.
 
     Counts the multiply-adds of a forward pass, as the backward pass has twice as many of either. A number that a norm
@@ -537,6 +549,7 @@ def sampling_pays(branches: nn.Module, x: Tensor, pixels: int) -> bool:
         merging += behind * largest.weight.shape[1] if prefix else 0
     uses_of_a_number = largest.out_channels // largest.groups
     sampled = kernel * outside + merging + in_sample * (1 + MOVED / uses_of_a_number)
+    sampled += MOVED * largest.out_channels * outside if exact_sum else 0
     return sampled < 0.8 * by_branches
 
 
@@ -560,29 +573,50 @@ class _Sample:
     def __init__(self, x: Tensor, pixels: int) -> None:
         self.x, self.wanted, self.dtype = x, pixels, torch.promote_types(x.dtype, torch.float32)
         self.windows: dict[tuple, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self.grids: dict[tuple, Grids] = {}
 
     def statistics(self, a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
         """Mean and variance of what a map answers in the sample; the norm takes them into its running ones."""
         _check_its_own(norm)
+        mean, var, count = self._seen_of(a)
+        track_(norm, mean, var, count)
+        return mean, var
+
+    def normalised_alike(self, a: Affine) -> Tensor:
+        """What a map answers to the whole image, with the mean and the variance that it has in the sample.
+
+        There the norms in the map are exact; elsewhere they are a little off, and their sum with them.
+        """
+        mean, var, _ = self._seen_of(a)
+        y, eps = _apply(replace(a, bias=None), self.x), 1e-5
+        return F.batch_norm(y, None, None, (var + eps).sqrt(), mean, training=True, eps=eps)
+
+    def _seen_of(self, a: Affine) -> tuple[Tensor, Tensor, int]:
+        """Mean and variance of what a map answers in the sample, and of how many pixels."""
         windows, again = self._windows_of(a)
         with _not_kept(windows, again):
             answers = _answers(a, windows)  # as few bits as a convolution's; only what they add up to needs more
         mean, var = _MeanAndVariance.apply(answers, self.dtype)
-        mean = mean if a.bias is None else mean + a.bias
-        track_(norm, mean, var, len(answers))
-        return mean, var
+        return mean if a.bias is None else mean + a.bias, var, len(answers)
 
     def _windows_of(self, a: Affine) -> tuple[Tensor, Callable[[], Tensor]]:
         """The windows that the map reads, "sample taps channels", and what gathers them again."""
         key = (a.axes, a.kernel_size)
         if key not in self.windows:
             outputs = [(n + axis.slack - 1) // axis.stride + 1 for axis, n in zip(a.axes, self.x.shape[2:])]
-            steps = _grid_steps(outputs, self.x.shape[0], self.wanted)
-            places = a.axes, _draw_grids(len(self.x), outputs, steps)
-            again = _once(partial(_gather, self.x, *places))
-            self.x, windows = _Windows.apply(self.x, *places)
+            windows_of = a.axes, self._grids(outputs)
+            again = _once(partial(_gather, self.x, *windows_of))
+            self.x, windows = _Windows.apply(self.x, *windows_of)
             self.windows[key] = windows, again
         return self.windows[key]
+
+    def _grids(self, outputs: list[int]) -> Grids:
+        """Where the sample lies: for all maps with so many outputs at the same pixels, as they may be added."""
+        key = tuple(outputs)
+        if key not in self.grids:
+            steps = _grid_steps(outputs, len(self.x), self.wanted)
+            self.grids[key] = _draw_grids(len(self.x), outputs, steps)
+        return self.grids[key]
 
 
 def _check_its_own(norm: Norm) -> None:

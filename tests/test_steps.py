@@ -19,6 +19,12 @@ from tests.test_blocks import CASES, image
 
 EXACT = 1e-10
 ALL = SampledStep(pixels=10**9, always=True)
+STEPS = {
+    "lean": LeanStep(always=True),
+    "sampled": SampledStep(64, always=True),
+    "exact sum": SampledStep(64, always=True, exact_sum=True),
+}
+each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
 
 def batch(case) -> torch.Tensor:
@@ -66,6 +72,7 @@ def test_lean_is_the_branches_in_training(case):
 def test_sampled_with_all_pixels_is_the_branches_in_training(case):
     torch.manual_seed(0)
     assert_same_step(case.build(), ALL, batch(case))
+    assert_same_step(case.build(), replace(ALL, exact_sum=True), batch(case))
 
 
 LAYERS = {
@@ -106,7 +113,7 @@ def test_lean_tracks_running_statistics_as_norms_do(layer, momentum):
 
 
 @each_layer
-@pytest.mark.parametrize("step", [LeanStep(always=True), SampledStep(100, always=True)], ids=["lean", "sampled"])
+@each_step
 def test_under_autocast_it_stays_close_to_float32(layer, step):
     """bfloat16 has eight bits: an answer is off by a few hundredths of its scale, and no more."""
     block, x = build(layer)
@@ -182,6 +189,37 @@ def test_parts_of_the_batch_have_grids_of_their_own():
     assert [images for images, _ in drawn] == [slice(n, n + 8) for n in range(0, 64, 8)]
     assert len({(rows.start, columns.start) for _, (rows, columns) in drawn}) > 4
     assert len(_draw_grids(3, [32, 32], (8, 8))) == 3 and len(_draw_grids(64, [32, 32], (1, 1))) == 1
+
+
+def test_an_exact_sum_has_the_mean_of_the_norms_and_leaves_only_the_mix_to_the_sample():
+    block, x = build("merged", dtype=torch.float64)
+    wanted, few = training_step(block, BranchStep(), x.double())["output"], SampledStep(64, always=True)
+    torch.manual_seed(0)
+    sampled, exact = (training_step(block, replace(few, exact_sum=e), x.double())["output"] for e in (False, True))
+    shifts = sum(branch[-1].bias for branch in block.branches.children())
+    assert (exact.mean((0, 2, 3)) - shifts).abs().max() < 1e-10 < 1e-2 < (sampled.mean((0, 2, 3)) - shifts).abs().max()
+    spread = [(y.std((0, 2, 3)) / wanted.std((0, 2, 3)) - 1).abs().mean() for y in (sampled, exact)]
+    assert spread[1] < spread[0]
+
+
+def test_a_single_normed_branch_with_an_exact_sum_is_exact():
+    """One branch has nothing to mix with."""
+    block, x = build("merged", branches=["kxk"], dtype=torch.float64)
+    few = SampledStep(64, always=True, exact_sum=True)
+    wanted = training_step(block, BranchStep(), x.double())["output"]
+    assert torch.allclose(training_step(block, few, x.double())["output"], wanted, rtol=0, atol=1e-3)
+
+
+def test_a_branch_without_a_norm_keeps_its_mean():
+    """Where a branch does not end in a norm, the sum has no mean to be brought to."""
+    conv = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12))
+    block = dbb.BranchBlock({"normed": conv, "free": nn.Conv2d(8, 12, 1)}).double()
+    x = torch.randn(4, 8, 12, 12).double()
+    steps = []
+    for exact_sum in (False, True):
+        torch.manual_seed(0)
+        steps.append(training_step(block, SampledStep(64, always=True, exact_sum=exact_sum), x))
+    assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
 
 
 def test_sampled_repeats_itself_under_a_seed():
@@ -367,7 +405,7 @@ def test_a_sequence_of_another_shape_counts_its_batch_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [LeanStep(always=True), SampledStep(64, always=True)], ids=["lean", "sampled"])
+@each_step
 @pytest.mark.parametrize("layer", ["merged", "in two steps", "depthwise"])
 def test_compiled(layer, step):
     block, x = build(layer)
@@ -383,7 +421,7 @@ def test_compiled(layer, step):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-2 * p.grad.abs().max().item() + 1e-6)
 
 
-@pytest.mark.parametrize("step", [LeanStep(always=True), SampledStep(64, always=True)], ids=["lean", "sampled"])
+@each_step
 def test_shapes_alone_on_the_meta_device(step):
     for layer in LAYERS:
         block, x = build(layer)
