@@ -199,8 +199,7 @@ def _run_lean(branch: nn.Module, x: Tensor, moments: _MomentsOf, total: _Total) 
         total.finished.append(branch(x))
         return
     if all(map(_is_pointwise, front)):
-        a = moments.fold(branch)
-        _add_map(replace(a, stride=1, padding=0), moments.seen_by(a), total)
+        moments.add_answer(moments.fold(branch), total)
         return
     *front, last = front
     padded = len(front) == 1 and isinstance(front[0], BiasPad) and _is_pointwise(front[0].prefix)
@@ -333,11 +332,11 @@ def _by_tap(a: Affine, value: Tensor) -> Tensor:
 def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total: _Total) -> None:
     """The average of a padded pointwise map and its norm, as the normalised map of the sums of windows."""
     average = (zero_pad(padded.padding) >> fold(pool)).to(padded.map.weight.dtype)
-    sums = _window_sums(average, x)
+    sums, again = _window_sums(average, x), _once(lambda: _window_sums(average, x))
     a = replace(padded.map, weight=padded.map.weight * average.weight[0, 0, 0, 0])
     ring = None if padded.outside is None else _Ring.of(average, x)
-    with _not_kept(sums, _once(lambda: _window_sums(average, x))), _full_precision(x):
-        moments = _MomentsOf(sums, ring)
+    with _not_kept(sums, again), _full_precision(x):
+        moments = _MomentsOf(sums, ring, again)
         mean, var = moments.through(a)
         if ring:  # the share of a window that lies outside is one more channel of the image
             outside, common = padded.outside, replace(a, bias=None).constant_response(moments.with_ring())
@@ -345,9 +344,10 @@ def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total:
             var = var + 2 * outside * common + outside**2 * ring.var
         track_(norm, mean, var, moments.pixels)
         scale = normalisation(mean, var, norm).to(moments.dtype)
-        y = _add_map(a >> scale, sums, total)
+        moments.add_answer(a >> scale, total)
         if ring:
-            total.finished[-1] = ring.add_(y, torch.outer(scale.weight.flatten() * outside, ring.share))
+            values = torch.outer(scale.weight.flatten() * outside, ring.share)
+            total.finished[-1] = ring.add_(total.finished[-1], values)
 
 
 class _EveryFew(torch.autograd.Function):
@@ -380,13 +380,6 @@ def _window_sums(average: Affine, x: Tensor) -> Tensor:
         return _WindowSums.apply(x, average)
     (top, bottom), (left, right) = average.padding
     return F.avg_pool2d(F.pad(x, (left, right, top, bottom)), average.kernel_size, average.stride, divisor_override=1)
-
-
-def _add_map(a: Affine, x: Tensor, total: _Total) -> Tensor:
-    """Let a map answer; its bias goes to the constants."""
-    total.finished.append(_apply(replace(a, bias=None), x))
-    total.constants += [] if a.bias is None else [a.bias]
-    return total.finished[-1]
 
 
 def _merging_pays(then: Affine, x: Tensor) -> bool:
@@ -759,11 +752,14 @@ def _one_tap(axis: Axis, grid: range, size: int, tap: int) -> tuple[slice, slice
 
 
 class _MomentsOf:
-    """Mean and covariance of the pixels of an image, as the pointwise maps of one block see them."""
+    """Mean and covariance of the pixels of an image, as the pointwise maps of one block see them.
 
-    def __init__(self, x: Tensor, ring: _Ring | None = None) -> None:
-        self.x, self.ring, self.dtype = x, ring, torch.promote_types(x.dtype, torch.float32)
-        self.pixels = x.numel() // x.shape[1]
+    again: makes the image once more, where it is not kept
+    """
+
+    def __init__(self, x: Tensor, ring: _Ring | None = None, again: Callable[[], Tensor] | None = None) -> None:
+        self.x, self.ring, self.again = x, ring, again
+        self.dtype, self.pixels = torch.promote_types(x.dtype, torch.float32), x.numel() // x.shape[1]
         self.seen: dict[tuple, Tensor] = {}
         self.known: dict[tuple, tuple[Tensor, ...]] = {}
 
@@ -775,24 +771,40 @@ class _MomentsOf:
     def statistics(self, a: Affine, norm: Norm) -> tuple[Tensor, Tensor]:
         """Mean and variance of what a pointwise map answers; the norm takes them into its running ones."""
         mean, var = self.through(a)
-        track_(norm, mean, var, self.x.shape[0] * prod(self.seen_by(a).shape[2:]))
+        track_(norm, mean, var, self.x.shape[0] * prod(self._seen_by(a).shape[2:]))
         return mean, var
 
     def through(self, a: Affine) -> tuple[Tensor, Tensor]:
         """Mean and variance "o" of what a pointwise map answers."""
-        key = (a.stride, a.padding, a.groups)
-        if key not in self.known:
-            self.known[key] = _Moments.apply(self.seen_by(a), a.groups, self.ring)
-        mean, covariance, _ = self.known[key]
+        mean, covariance, *_ = self._of(a)
         weight = rearrange(a.weight, "(g o) i 1 1 -> g o i", g=a.groups)
         return a.constant_response(mean), ((weight @ covariance) * weight).sum(-1).flatten()
 
+    def add_answer(self, a: Affine, total: _Total) -> None:
+        """Let a pointwise map answer to centred pixels; what it answers to their mean goes to the constants.
+
+        Else the gradient of its kernel would be a small difference of large numbers, and in few bits mostly rounding.
+        """
+        mean, _, _, centred = self._of(a)
+        image = self.again or partial(Tensor.detach, self._seen_by(a))
+        with _full_precision(self.x):
+            with _not_kept(centred, _once(lambda: _centred(image(), mean)[0])):
+                total.finished.append(_apply(replace(a, bias=None, stride=1, padding=0), centred))
+            total.constants.append(a.constant_response(_rounded(mean.detach(), centred.dtype)))
+
     def with_ring(self) -> Tensor:
         """The covariance "c" of the image and the share of the ring, of the last moments that were asked for."""
-        mean, _, common = next(reversed(self.known.values()))
+        mean, _, common, _ = next(reversed(self.known.values()))
         return common - mean * self.ring.mean
 
-    def seen_by(self, a: Affine) -> Tensor:
+    def _of(self, a: Affine) -> tuple[Tensor, ...]:
+        """The moments of the pixels that a pointwise map reads, and those pixels centred."""
+        key = (a.stride, a.padding, a.groups)
+        if key not in self.known:
+            self.known[key] = _Moments.apply(self._seen_by(a), a.groups, self.ring)
+        return self.known[key]
+
+    def _seen_by(self, a: Affine) -> Tensor:
         """The pixels that the map reads."""
         key = (a.stride, a.padding)
         if key not in self.seen:
@@ -805,45 +817,64 @@ class _MomentsOf:
 class _Moments(torch.autograd.Function):
     """Of pixels "n c h w": mean "c", covariance "g c c" in each group of channels, mean product "c" with a ring.
 
-    Products are of centred pixels, and add up in float32 at least. In fewer bits each sum of products is rounded, so
-    there are many short ones; and the mean that is taken off is rounded, too: what it lacks is put right afterwards.
+    And the pixels themselves, centred. Products are of those, and add up in float32 at least. In fewer bits each sum of
+    products is rounded, so there are many short ones; and the mean that is taken off is rounded, too: what it lacks is
+    put right afterwards.
     """
 
     @staticmethod
-    def forward(x: Tensor, groups: int, ring: _Ring | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, groups: int, ring: _Ring | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype, count = torch.promote_types(x.dtype, torch.float32), x.numel() // x.shape[1]
         mean = x.sum((2, 3), dtype=dtype).sum(0) / count
         common = torch.zeros_like(mean) if ring is None else ring.read(x).to(dtype) @ ring.share / count
         centred, missing = _centred(x, mean)
         if groups == len(mean):
-            return mean, (centred.square().mean((0, 2, 3), dtype=dtype) - missing**2)[:, None, None], common
-        parts, missing = _in_parts(centred).unflatten(1, (groups, -1)), missing.view(groups, -1, 1)
-        return mean, (parts @ parts.mT).sum(0, dtype=dtype) / count - missing @ missing.mT, common
+            covariance = (centred.square().mean((0, 2, 3), dtype=dtype) - missing**2)[:, None, None]
+        else:
+            parts, missing = _in_parts(centred).unflatten(1, (groups, -1)), missing.view(groups, -1, 1)
+            covariance = (parts @ parts.mT).sum(0, dtype=dtype) / count - missing @ missing.mT
+        return mean, covariance, common, centred
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(inputs[0], output[0])
         ctx.groups, ctx.ring = inputs[1:]
+        ctx.set_materialize_grads(False)  # nobody may have read the centred pixels, and their zeros would be an image
 
     @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor, grad_common: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         x, mean = ctx.saved_tensors
+        grad_mean, grad_covariance, grad_common, grad_centred = grads
         count = x.numel() // len(mean)
+        centred, missing = _centred(x, mean)
+        if grad_covariance is None:
+            grad_covariance = mean.new_zeros(ctx.groups, *2 * [len(mean) // ctx.groups])
         # The mean moves, too, but that adds nothing to the covariance: the centred pixels add up to zero.
         matrix = (grad_covariance + grad_covariance.mT) / count
-        centred, missing = _centred(x, mean)
-        constant = grad_mean / count - (matrix @ missing.view(ctx.groups, -1, 1)).flatten()
+        constant = (0 if grad_mean is None else grad_mean / count) - (
+            matrix @ missing.view(ctx.groups, -1, 1)
+        ).flatten()
         grad = _apply(Affine(matrix.flatten(0, 1)[..., None, None], constant, groups=ctx.groups), centred)
-        if ctx.ring is not None:
+        if grad_centred is not None:
+            grad += grad_centred
+        if ctx.ring is not None and grad_common is not None:
             ctx.ring.add_to_(grad, torch.outer(grad_common, ctx.ring.share) / count)
         return grad, None, None
 
 
 def _centred(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels "n c h w" without their mean "c", as far as their dtype knows it, and what of it is missing."""
-    known = mean.to(x.dtype).to(mean.dtype)
+    """Pixels "n c h w" without their mean "c", which in few bits is rounded, and what of it is missing."""
+    known = _rounded(mean, x.dtype)
     # a norm takes off its running mean in one pass, of whatever layout and dtype; a subtraction is slow for some
     return F.batch_norm(x, known, torch.ones_like(known), eps=0.0), mean - known
+
+
+def _rounded(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mean that can be taken off pixels of few bits: of five, as on finer ones all large pixels would round alike."""
+    if dtype == mean.dtype:
+        return mean
+    mantissa, exponent = torch.frexp(mean)
+    return torch.ldexp((32 * mantissa).round() / 32, exponent)
 
 
 def _in_parts(x: Tensor) -> Tensor:

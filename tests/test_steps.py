@@ -9,15 +9,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dbb
-from dbb.steps import BranchStep, LeanStep, SampledStep, _draw_grid, _draw_grids, sampling_pays, set_training_step
+from dbb.affine import Affine
+from dbb.steps import (
+    BranchStep,
+    LeanStep,
+    SampledStep,
+    _draw_grid,
+    _draw_grids,
+    _MomentsOf,
+    sampling_pays,
+    set_training_step,
+)
 from dbb.verify import _saved_bytes
 from tests.test_blocks import CASES, image
 
 EXACT = 1e-10
+F64 = torch.float64
 ALL = SampledStep(pixels=10**9, always=True)
 STEPS = {
     "lean": LeanStep(always=True),
@@ -130,8 +142,8 @@ def test_under_autocast_it_stays_close_to_float32(layer, step):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 
 
-def test_second_moments_are_centred_and_in_float32():
-    """A channel with a large mean and a small variance: products in bfloat16, or not centred, would be noise."""
+def test_second_moments_are_centred():
+    """A channel with a large mean and a small variance: sums of products that are not centred would be noise."""
     block = set_training_step(dbb.DiverseBranchBlock(4, 4, 3, padding=1).train(), LeanStep(always=True))
     torch.manual_seed(0)
     x = (100 + torch.randn(8, 4, 16, 16)).bfloat16()
@@ -139,6 +151,42 @@ def test_second_moments_are_centred_and_in_float32():
         block(x)
     inner = block.branches["1x1_kxk"].pointwise.prefix.bn
     assert torch.allclose(inner.running_var, 0.9 + 0.1 * x.float().var((0, 2, 3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shift", [0, 30])
+def test_in_few_bits_the_roundings_of_moments_cancel(channels_last, shift):
+    """Each sum of products is rounded to eight bits, up to 4e-3, but there are many; pixels lose hardly anything."""
+    torch.manual_seed(0)
+    x = (torch.randn(32, 16, 16, 16) @ torch.randn(16, 16) / 4).relu().bfloat16() + shift
+    x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    kernel = torch.randn(64, 16, 1, 1)
+    mean, var = _MomentsOf(x).through(Affine(kernel))
+    true = F.conv2d(x.double(), kernel.double())
+    assert (var / true.var((0, 2, 3), correction=0) - 1).abs().max() < 1.5e-3
+    assert ((mean - true.mean((0, 2, 3))).abs() / true.std((0, 2, 3))).max() < 1e-4
+
+
+def test_in_few_bits_kernels_get_the_gradient_that_is_left_of_large_numbers():
+    """Where gradient and image have a mean, most of their product is what the norm takes off again."""
+    torch.manual_seed(0)
+    block = dbb.randomize_norms_(dbb.DiverseBranchBlock(32, 32, 3, padding=1)).train()
+    x, grad = torch.randn(16, 32, 28, 28).relu().bfloat16(), (torch.randn(16, 32, 28, 28) + 0.5).bfloat16()
+    kernels = {"1x1": "1x1.conv.weight", "1x1_avg": "1x1_avg.pointwise.prefix.conv.weight"}
+    found = {}
+    for step, dtype in (
+        (BranchStep(), torch.float32),
+        (BranchStep(), torch.bfloat16),
+        (LeanStep(True), torch.bfloat16),
+    ):
+        one = set_training_step(copy.deepcopy(block), step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            answer = one(x.to(dtype))
+        answer.backward(grad.to(dtype))
+        found[step, dtype] = {n: one.branches.get_parameter(name).grad for n, name in kernels.items()}
+    true, by_branches, lean = found.values()
+    for name, wanted in true.items():
+        assert (lean[name] - wanted).norm() < 2 * (by_branches[name] - wanted).norm() < 0.5 * wanted.norm(), name
 
 
 @pytest.mark.parametrize("layer", ["merged", "stride 2", "in two steps", "depthwise"])
