@@ -6,9 +6,10 @@
     python benchmarks/training_cost.py --reference PATH --results data/results/training_cost.jsonl
 
 A step is forward, backward and SGD. The forms: "plain", a convolution and its batch norm; the block "branch" by branch,
-"lean" (the same step, the default) or "sampled", with that many pixels or more (`dbb.steps`); "orepa", DBB's branches
-without norms but for one behind their sum, merged in every step, which is another network; "reference", the authors'
-block, imported from the folder PATH that holds their diversebranchblock.py.
+"lean" (the same step, the default), "sampled", with that many pixels or more, or "exact sum", the same with a norm
+behind the kernel (`dbb.steps`); "orepa", DBB's branches without norms but for one behind their sum, merged in every
+step, which is another network; "reference", the authors' block, imported from the folder PATH that holds their
+diversebranchblock.py.
 
 A round runs every form once, in an order drawn anew, so that a busy machine is unfair to none. Printed are medians over
 the rounds, the median of the rounds' ratios to plain, and memory: on a CPU what is saved for the backward pass, on a
@@ -46,6 +47,7 @@ from dbb.verify import _saved_bytes
 
 STEPS = {"branch": BranchStep(), "lean": LeanStep()}
 STEPS |= {f"sampled {pixels}": SampledStep(pixels) for pixels in (2048, 8192)}
+STEPS |= {"exact sum 2048": SampledStep(2048, exact_sum=True)}
 FORMS = ("plain", *STEPS, "orepa", "reference")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

@@ -392,7 +392,7 @@ def lines(
 def costs(points: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None = None, title: str = "") -> Axes:
     """Time and memory of ways to do the same, in units of one that is not drawn: a dot for each measurement."""
     ax = ax or plt.gca()
-    for (name, dots), colour, marker in zip(points.items(), (RED, SKY, BLUE, INK, PURPLE, ORANGE), "os^Dvx"):
+    for (name, dots), colour, marker in zip(points.items(), (RED, SKY, BLUE, GREEN, INK, PURPLE, ORANGE), "os^PDvx"):
         ax.scatter(*zip(*dots), s=24, color=colour, marker=marker, linewidth=1, label=name)
     for line in (ax.axhline, ax.axvline):
         line(1, color=GREY, linewidth=1)
