@@ -350,6 +350,50 @@ def _run_average(padded: _Padded, pool: nn.Module, norm: Norm, x: Tensor, total:
             total.finished[-1] = ring.add_(total.finished[-1], values)
 
 
+def _merging_pays(then: Affine, x: Tensor) -> bool:
+    """Whether one kernel on the input costs fewer multiply-adds than two: with gradients 3 merges against 4 answers."""
+    merge = then.weight.shape[0] // then.groups * prod(then.kernel_size)
+    return 3 * merge < 4 * x.numel() // x.shape[1]
+
+
+def _window_sums(average: Affine, x: Tensor) -> Tensor:
+    """The sum over the window of each output pixel, of an average's windows."""
+    around = tuple(before for before, _ in average.padding)
+    half = all(0 <= p <= k // 2 for p, k in zip(around, average.kernel_size)) and average.padding == sides(around)
+    if _pools_fast(x) and half and average.dilation == (1, 1):
+        return F.avg_pool2d(x, average.kernel_size, average.stride, around, divisor_override=1)
+    return _WindowSums.apply(x, average)
+
+
+def _pools_fast(x: Tensor) -> bool:
+    """Whether torch's averages are made for its device; on a CPU a convolution takes a fraction of their time."""
+    return x.is_cuda
+
+
+class _WindowSums(torch.autograd.Function):
+    """The sums by a convolution with ones.
+
+    So is their adjoint: as many windows read a pixel as it reads, once a stride's gaps are filled with zeros.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, average: Affine) -> Tensor:
+        ones = replace(average, weight=torch.ones_like(average.weight))
+        return _apply(ones.on(x.shape[1], like=x), x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.size, ctx.average = inputs[0].shape[2:], inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        a = ctx.average
+        if a.stride != (1, 1):
+            grad = _spread(grad, a.stride, [n + axis.slack for n, axis in zip(ctx.size, a.axes)])
+        around = tuple(tuple(axis.reach - side for side in (axis.left, axis.right)) for axis in a.axes)
+        return _WindowSums.apply(grad, replace(a, stride=1, padding=around)), None
+
+
 class _EveryFew(torch.autograd.Function):
     """Every few pixels. Its gradient lies in memory as the image does, so that it is added to others fast."""
 
@@ -372,45 +416,6 @@ def _spread(x: Tensor, stride: Pair, size: Sequence[int]) -> Tensor:
     spread = torch.empty(*x.shape[:2], *size, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
     spread[:, :, :: stride[0], :: stride[1]] = x
     return spread
-
-
-def _window_sums(average: Affine, x: Tensor) -> Tensor:
-    """The sums of an average's windows."""
-    if not x.is_cuda:
-        return _WindowSums.apply(x, average)
-    (top, bottom), (left, right) = average.padding
-    return F.avg_pool2d(F.pad(x, (left, right, top, bottom)), average.kernel_size, average.stride, divisor_override=1)
-
-
-def _merging_pays(then: Affine, x: Tensor) -> bool:
-    """Whether one kernel on the input costs fewer multiply-adds than two: with gradients 3 merges against 4 answers."""
-    merge = then.weight.shape[0] // then.groups * prod(then.kernel_size)
-    return 3 * merge < 4 * x.numel() // x.shape[1]
-
-
-class _WindowSums(torch.autograd.Function):
-    """The sum over the window of each output pixel, of an average's windows.
-
-    A convolution with ones, and so is its adjoint: as many windows read a pixel as it reads, once there is a gradient,
-    of zero, between those of a stride. On a CPU that takes a fraction of the time of torch's averages.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, average: Affine) -> Tensor:
-        ones = replace(average, weight=torch.ones_like(average.weight))
-        return _apply(ones.on(x.shape[1], like=x), x)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.size, ctx.average = inputs[0].shape[2:], inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        a = ctx.average
-        if a.stride != (1, 1):
-            grad = _spread(grad, a.stride, [n + axis.slack for n, axis in zip(ctx.size, a.axes)])
-        around = tuple(tuple(axis.reach - side for side in (axis.left, axis.right)) for axis in a.axes)
-        return _WindowSums.apply(grad, replace(a, stride=1, padding=around)), None
 
 
 def _as_computed(x: Tensor) -> Tensor:

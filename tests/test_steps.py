@@ -80,6 +80,14 @@ def test_lean_is_the_branches_in_training(case):
     assert_same_step(case.build(), LeanStep(always=True), batch(case))
 
 
+@pytest.mark.parametrize("case", CASES[1::7], ids=str)
+def test_lean_is_the_branches_where_torch_averages_fast(case, monkeypatch):
+    """The way of GPUs."""
+    monkeypatch.setattr("dbb.steps._pools_fast", lambda x: True)
+    torch.manual_seed(0)
+    assert_same_step(case.build(), LeanStep(always=True), batch(case))
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("dbb batch border", "acb", "repvgg")][::3], ids=str)
 def test_sampled_with_all_pixels_is_the_branches_in_training(case):
     torch.manual_seed(0)
